@@ -1,0 +1,184 @@
+"""What is read from outside, and what is refused: JSON itself, the request's body and query, a message to load.
+
+marshmallow turns much into what it wants; here nothing is: a value has its type or is an error.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
+
+from queues import NewMessage, RebindRequest, check_json, check_text, domain_of
+
+
+class NotJSON(ValueError):
+    """A text that is not JSON, or that cannot be read without guessing what it means."""
+
+
+def parse_json(text: bytes) -> Any:
+    """Read JSON (RFC 8259) from UTF-8, and refuse what Python's own reader lets pass.
+
+    Raises NotJSON: bad syntax or UTF-8, NaN, a number beyond a double, a key given twice, nesting too deep.
+    """
+    try:
+        return json.loads(
+            text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float
+        )
+    except RecursionError:
+        raise NotJSON("it is nested too deep to read") from None
+    except UnicodeDecodeError as error:
+        raise NotJSON(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
+        raise NotJSON(str(error)) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in members:
+            raise NotJSON(f"the key {key!a} is given twice in one object")
+        members[key] = value
+    return members
+
+
+def _no_constant(name: str) -> None:
+    raise NotJSON(f"{name} is no number in JSON")
+
+
+def _finite_float(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise NotJSON(f"the number {digits[:40]} is too large")
+    return number
+
+
+def _checked(check: Any) -> Any:
+    """A validator of marshmallow's that calls `check`."""
+
+    def validator(value: Any) -> None:
+        try:
+            check(value)
+        except ValueError as error:
+            raise ValidationError(str(error)) from None
+
+    return validator
+
+
+def text(**kwargs: Any) -> fields.String:
+    """A string that both databases can hold."""
+    return fields.String(validate=_checked(check_text), **kwargs)
+
+
+class StrictBoolean(fields.Boolean):
+    """`true` or `false`, and not what marshmallow takes for them."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+class StrictInteger(fields.Integer):
+    """A whole number, and not a string, a boolean or a float that looks like one."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+class RebindRequestSchema(Schema):
+    """The body of a rebind. SPEC.md, "POST /api/admin/rebind/v1". An unknown field is an error by default."""
+
+    reason = text(required=True)
+    data = fields.Dict(keys=text(), values=text(), required=True)
+    campaign = text(allow_none=True, load_default=None)
+    tenant = text(allow_none=True, load_default=None)
+    domain = text(allow_none=True, load_default=None)
+    routing_domain = text(allow_none=True, load_default=None)
+    trigger_rebind_event = StrictBoolean(load_default=False)
+    always_flush = StrictBoolean(load_default=False)
+    suppress_logging = StrictBoolean(load_default=False)
+
+    @post_load
+    def _request(self, fields: dict[str, Any], **_: Any) -> RebindRequest:
+        return RebindRequest(**fields)
+
+
+class RebindQuerySchema(Schema):
+    """The query parameters of a rebind, each a string given once."""
+
+    dry_run = fields.Boolean(truthy={"true"}, falsy={"false"}, load_default=False)
+    limit = fields.String(
+        validate=validate.Regexp(r"[1-9][0-9]{0,17}\Z", error="Not a whole number from 1 to 10^18 - 1."),
+        load_default=None,
+    )
+
+    @post_load
+    def _query(self, fields: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return fields | {"limit": fields["limit"] and int(fields["limit"])}
+
+
+class RecipientField(fields.Field[str | list[str]]):
+    """An address, or a list of at least one."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str | list[str]:
+        _checked(domain_of)(value)
+        return value  # type: ignore[no-any-return]
+
+
+class MessageSchema(Schema):
+    """What KumoMTA tells of a message."""
+
+    sender = text(required=True)
+    recipient = RecipientField(required=True)
+    meta = fields.Dict(load_default=dict, validate=_checked(check_json))
+    data = fields.String(load_default="", allow_none=True, validate=_checked(str.encode))
+    due = fields.AwareDateTime(load_default=None, allow_none=True)
+    num_attempts = StrictInteger(load_default=0, validate=validate.Range(0, 2**31 - 1))
+    scheduling = fields.Raw(load_only=True)  # KumoMTA's limits to the hours of delivery, which we do not keep
+
+
+class InspectedMessageSchema(Schema):
+    """The answer of KumoMTA's `inspect-message`."""
+
+    id = text(required=True)
+    message = fields.Nested(MessageSchema, required=True)
+
+
+class InspectedQueueSchema(Schema):
+    """The answer of KumoMTA's `inspect-sched-q`: what it says of the queue besides the messages is of no use here."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    messages = fields.List(fields.Nested(InspectedMessageSchema), required=True)
+
+
+_inspected_message, _inspected_queue = InspectedMessageSchema(), InspectedQueueSchema()
+
+
+def inspected_messages(value: Any, source: str) -> Iterable[NewMessage]:
+    """The messages of one of KumoMTA's answers, to load; `source` says where it stood.
+
+    Raises ValidationError.
+    """
+    if isinstance(value, dict) and "messages" in value:
+        answers = _inspected_queue.load(value)["messages"]
+    else:
+        answers = [_inspected_message.load(value)]
+    return [_new_message(answer["id"], answer["message"], source) for answer in answers]
+
+
+def _new_message(id: str, message: dict[str, Any], source: str) -> NewMessage:
+    return NewMessage(
+        id=id,
+        sender=message["sender"],
+        recipient=message["recipient"],
+        content=(message["data"] or "").encode(),
+        meta=message["meta"],
+        due=message["due"] and message["due"].timestamp(),
+        num_attempts=message["num_attempts"],
+        source=source,
+    )

@@ -1,0 +1,303 @@
+"""The database: its tables, its transactions, and all that differs between SQLite and PostgreSQL.
+
+The tables are a public interface (SPEC.md, "Messages come and go"): senders add messages and delivery workers take them
+away, in any language, while rebinds run. What a rebind means is not here but in queues.py.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    ColumnElement,
+    Connection,
+    Double,
+    Engine,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    bindparam,
+    create_engine,
+    event,
+    func,
+    select,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeDecorator
+
+
+class StoreUnavailable(Exception):
+    """The database is locked, full or out of reach: nothing was done, unless the answer to a commit was lost.
+
+    Either way the same request may be sent again.
+    """
+
+
+class StoreUnusable(Exception):
+    """The database cannot be used as it is configured: a bad URL, or a file that is no database."""
+
+
+class Recipient(TypeDecorator[Any]):
+    """An address as it stands, or several as a JSON list of them.
+
+    No address starts with `[` (RFC 5321, section 4.1.2), so the two cannot be mistaken for one another.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | list[str] | None, dialect: Any) -> str | None:
+        if not isinstance(value, list):
+            return value
+        return value[0] if len(value) == 1 else json.dumps(value, ensure_ascii=False)
+
+    def process_result_value(self, value: str | None, dialect: Any) -> str | list[str] | None:
+        return json.loads(value) if value is not None and value.startswith("[") else value
+
+
+Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+Key = BigInteger().with_variant(Integer, "sqlite")
+Name = Text().with_variant(Text(collation="C"), "postgresql")  # ordered by its bytes, as SQLite orders text
+
+metadata = MetaData()
+
+messages = Table(
+    "messages",
+    metadata,
+    Column("key", Key, Identity(), primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("sender", Text, nullable=False),
+    Column("recipient", Recipient, nullable=False),
+    Column("domain", Text, nullable=False),
+    Column("queue", Name, nullable=False),
+    Column("meta", Document, nullable=False),
+    Column("size", BigInteger, nullable=False, server_default="0"),
+    Column("created", Double, nullable=False),
+    Column("due", Double, nullable=False),
+    Column("num_attempts", Integer, nullable=False, server_default="0"),
+    CheckConstraint("json_valid(meta) AND json_type(meta) = 'object'", name="meta_is_object").ddl_if(dialect="sqlite"),
+    CheckConstraint("jsonb_typeof(meta) = 'object'", name="meta_is_object").ddl_if(dialect="postgresql"),
+    Index("messages_queue_due", "queue", "due"),
+)
+
+contents = Table(
+    "contents",
+    metadata,
+    Column("id", Text, ForeignKey(messages.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("data", LargeBinary, nullable=False),
+)
+
+log = Table(
+    "log",
+    metadata,
+    Column("key", Key, Identity(), primary_key=True),
+    Column("type", Text, nullable=False),
+    Column("id", Text, nullable=False),
+    Column("sender", Text, nullable=False),
+    Column("recipient", Recipient, nullable=False),
+    Column("queue", Text, nullable=False),
+    Column("meta", Document, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("num_attempts", Integer, nullable=False),
+    Column("event_time", Double, nullable=False),
+    Column("nodeid", Text, nullable=False),
+    # of an AdminRebind record alone:
+    Column("rebind_id", Text),
+    Column("old_queue", Text),
+    Column("reason", Text),
+    Column("actor", Text),
+    sqlite_autoincrement=True,  # a key is never used again, so that a reader who holds one misses nothing
+)
+
+# The messages that a rebind handles, for the length of its transaction: what they are is decided once, when it starts.
+matched = Table(
+    "matched",
+    MetaData(),
+    Column("key", Key, primary_key=True, autoincrement=False),
+    Column("queue", Name, nullable=False),
+    Column("new_queue", Name, nullable=False),
+    prefixes=["TEMPORARY"],
+)
+
+
+class merge(FunctionElement[Any]):
+    """`merge(meta, data)`: `meta` with every key of `data` set, over any earlier value."""
+
+    name = "merge"
+    type = Document
+    inherit_cache = True
+
+
+@compiles(merge, "sqlite")
+def _merge_in_sqlite(element: merge, compiler: Any, **kw: Any) -> str:
+    # RFC 7396: where no value of the patch is null or an object, as in `data`, it sets each key and no more.
+    return f"json_patch({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(merge, "postgresql")
+def _merge_in_postgresql(element: merge, compiler: Any, **kw: Any) -> str:
+    meta, data = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"({meta} || {data})"
+
+
+class meta_text(FunctionElement[str]):
+    """`meta_text(meta, key)`: the string at `key`, or NULL where there is none, or a value that is no string."""
+
+    name = "meta_text"
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(meta_text, "sqlite")
+def _meta_text_in_sqlite(element: meta_text, compiler: Any, **kw: Any) -> str:
+    meta, key = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"CASE json_type({meta}, '$.' || {key}) WHEN 'text' THEN json_extract({meta}, '$.' || {key}) END"
+
+
+@compiles(meta_text, "postgresql")
+def _meta_text_in_postgresql(element: meta_text, compiler: Any, **kw: Any) -> str:
+    meta, key = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"CASE jsonb_typeof({meta} -> {key}) WHEN 'string' THEN {meta} ->> {key} END"
+
+
+def in_queues(db: Connection, names: Sequence[str]) -> ColumnElement[bool]:
+    """Whether a message is in one of the queues `names`, however many: they travel as one parameter."""
+    if db.dialect.name == "sqlite":
+        return messages.c.queue.in_(select(func.json_each(json.dumps(names)).table_valued("value").c.value))
+    return messages.c.queue == func.any(bindparam("queues", names, ARRAY(Text)))
+
+
+class Database:
+    """A database of messages, and its transactions. It keeps nothing in memory but connections.
+
+    url: SQLAlchemy's, `sqlite:///FILE` or `postgresql+psycopg://…`.
+    busy_timeout: how long a transaction waits for others, in seconds.
+    Raises StoreUnusable where the URL, or what it names, is none that can be used.
+    """
+
+    def __init__(self, url: str, busy_timeout: float) -> None:
+        self.busy_timeout = busy_timeout
+        try:
+            self._engine = _engine(url, busy_timeout)
+        except ArgumentError as error:
+            raise StoreUnusable(f"the database URL cannot be used: {error}") from error
+        self._writing_engine = self._engine.execution_options(writing=True)
+        self._prepared = False
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that changes no table but temporary ones, and waits for nobody.
+
+        Raises StoreUnavailable.
+        """
+        with self._begin(self._engine) as db:
+            yield db
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that may change everything: committed at the end of the block, rolled back by any exception.
+
+        Raises StoreUnavailable.
+        """
+        with self._begin(self._writing_engine) as db:
+            yield db
+
+    def prepare(self) -> None:
+        """Create the tables where they are missing; of several processes at once, one does.
+
+        Raises StoreUnavailable and StoreUnusable.
+        """
+        if self._prepared:
+            return
+        with _translated(), self._writing_engine.begin() as db:
+            take_turns(db)
+            metadata.create_all(db)
+        self._engine.dispose()  # a connection must not be carried into a forked worker
+        self._prepared = True
+
+    @contextmanager
+    def _begin(self, engine: Engine) -> Iterator[Connection]:
+        self.prepare()
+        with _translated(), engine.begin() as db:
+            yield db
+
+
+def take_turns(db: Connection) -> None:
+    """Wait until no other transaction that took turns is running. SQLite's writing transactions do so anyway."""
+    if db.dialect.name == "postgresql":
+        db.execute(text("SELECT pg_advisory_xact_lock(hashtext('rebind'))"))
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """The one place where a driver's errors become ours."""
+    try:
+        yield
+    except PoolTimeout as error:
+        raise StoreUnavailable(f"no database connection was free: {error}") from error
+    except (OperationalError, InterfaceError) as error:
+        raise StoreUnavailable(f"the database cannot do this now: {error.orig}") from error
+    except DBAPIError as error:
+        if "not a database" in str(error.orig) or "malformed" in str(error.orig):
+            raise StoreUnusable(f"the database is damaged, or is none: {error.orig}") from error
+        raise
+
+
+def _engine(url: str, busy_timeout: float) -> Engine:
+    dialect = make_url(url).get_backend_name()
+    if dialect not in ("sqlite", "postgresql"):
+        raise ArgumentError(f"{dialect} is neither sqlite nor postgresql")
+    engine = create_engine(url, json_serializer=_compact, pool_pre_ping=dialect == "postgresql")
+    if dialect == "sqlite":
+        event.listen(engine, "connect", lambda connection, _: _set_up_sqlite(connection, busy_timeout))
+        event.listen(engine, "begin", _begin_in_sqlite)
+    else:
+        event.listen(
+            engine, "begin", lambda db: db.execute(text(f"SET LOCAL lock_timeout = {busy_timeout * 1000:.0f}"))
+        )
+    return engine
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
+    connection.isolation_level = None  # the driver begins nothing by itself: _begin_in_sqlite does
+    connection.execute(f"PRAGMA busy_timeout = {busy_timeout * 1000:.0f}")
+    connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
+    connection.execute("PRAGMA foreign_keys = ON")
+    # Two processes that turn a new file to WAL at the same moment do not wait for one another by themselves.
+    deadline = time.monotonic() + busy_timeout
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except connection.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _begin_in_sqlite(db: Connection) -> None:
+    # A transaction that reads first and writes later fails at once where another wrote in between, whatever the busy
+    # timeout: a writer takes its turn at its beginning. A reader neither waits nor is waited for.
+    db.exec_driver_sql("BEGIN IMMEDIATE" if db.get_execution_options().get("writing") else "BEGIN")

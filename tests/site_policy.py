@@ -1,0 +1,23 @@
+"""The policy of the gunicorn in the tests: what its handler does is told by `data`."""
+
+from queues import Message, rebind
+
+
+@rebind.connect
+def obey(message: Message, data: dict[str, str]) -> None:
+    """Do as `data` says."""
+    if message.id == data.get("fail"):
+        raise RuntimeError("as it was told")
+    if "recipient" in data:
+        message.recipient = data["recipient"]
+    if "sender" in data:
+        message.sender = data["sender"]
+    if "queue" in data:
+        message.meta["queue"] = data["queue"]
+
+
+@rebind.connect
+def sign(message: Message, data: dict[str, str]) -> None:
+    """Leave a trace, of any JSON."""
+    if "sign" in data:
+        message.meta["signed"] = {"by": ["policy", data["sign"]], "times": 1}

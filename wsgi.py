@@ -1,0 +1,14 @@
+"""The service for a WSGI server: `gunicorn wsgi:app`, and for the command line and the dev server: `flask …`."""
+
+import sys
+
+from app import create_app
+from policy import PolicyError
+from store import StoreUnusable
+
+try:
+    app = create_app()
+except (StoreUnusable, PolicyError) as error:
+    print(f"rebind cannot start: {error}", file=sys.stderr)
+    # gunicorn's APP_LOAD_ERROR: it stops, where after any other exit it would start the worker again, for ever.
+    sys.exit(4)
