@@ -8,19 +8,19 @@ from typing import Any
 
 from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from marshmallow import ValidationError
-from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
+from werkzeug.exceptions import BadRequest, HTTPException, NotFound, RequestEntityTooLarge, UnsupportedMediaType
 
 import cli
 import policy
 from queues import HandlerFailed, NoHandler, registry
 from schemas import NotJSON, RebindQuerySchema, RebindRequestSchema, parse_json
-from store import StoreUnavailable
+from store import StoreConflict, StoreRefused, StoreUnavailable
 
 MAX_BODY = 1024 * 1024  # bytes
 RETRY_AFTER = 5  # seconds
 
 # What the registry raises, and the status that says so. Everything else is a 500 that says nothing of its cause.
-STATUS = {NoHandler: 409, HandlerFailed: 500, StoreUnavailable: 503}
+STATUS = {NoHandler: 409, StoreRefused: 422, HandlerFailed: 500, StoreUnavailable: 503, StoreConflict: 503}
 
 admin = Blueprint("admin", __name__)
 
@@ -49,6 +49,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
         policy.load(app.config["POLICY"])
 
     app.register_blueprint(admin)
+    app.before_request(refuse_doubled_slash)
     app.after_request(log_request)
     app.register_error_handler(HTTPException, http_problem)
     app.register_error_handler(ValidationError, fields_problem)
@@ -69,6 +70,12 @@ def rebind() -> Response:
     response.headers["Rebind-Moved"] = str(result.moved)
     response.headers["Rebind-Flushed"] = str(result.flushed)
     return response
+
+
+def refuse_doubled_slash() -> None:
+    """werkzeug takes every slash at the start of a path for one, which no setting changes."""
+    if request.environ["PATH_INFO"].startswith("//"):
+        raise NotFound
 
 
 def actor() -> str:
@@ -104,7 +111,12 @@ def read_json() -> Any:
         raise UnsupportedMediaType("the content type must be application/json")
     # One byte more than is allowed: a longer body that comes in chunks is cut there, silently, by what lies below.
     request.max_content_length = MAX_BODY + 1
-    body = request.get_data(cache=False)
+    try:
+        body = request.get_data(cache=False)
+    except HTTPException:
+        raise
+    except Exception as error:  # each server has its own for a chunk that is malformed or missing
+        raise BadRequest(f"the body cannot be read to its end: {error}") from error
     if len(body) > MAX_BODY:
         raise RequestEntityTooLarge
     if request.content_length not in (None, len(body)):

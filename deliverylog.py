@@ -1,6 +1,7 @@
 """The delivery log's records, in the shape of KumoMTA's, so that what reads those reads these. SPEC.md, "Records"."""
 
 import platform
+import re
 import uuid
 from datetime import UTC, datetime
 from typing import Any
@@ -19,12 +20,7 @@ def record(row: Any) -> dict[str, Any]:
         "queue": row.queue,
         "site": "",
         "size": row.size,
-        "response": {
-            "code": 250,
-            "enhanced_code": None,
-            "content": f"Rebound from {row.old_queue} to {row.queue}: {row.reason}",
-            "command": None,
-        },
+        "response": response(250, f"Rebound from {row.old_queue} to {row.queue}: {row.reason}"),
         "peer_address": None,
         "timestamp": int(row.event_time),
         "created": int(row.created),
@@ -44,7 +40,16 @@ def record(row: Any) -> dict[str, Any]:
         "rebind_id": row.rebind_id,
         "old_queue": row.old_queue,
         "actor": row.actor,
-    }
+    } | (row.details or {})
+
+
+def response(code: int, content: str, command: str | None = None) -> dict[str, Any]:
+    """A peer's answer, or ours. An enhanced status code (RFC 3463) that the text starts with is told apart."""
+    enhanced = re.match(r"([245])\.(\d{1,3})\.(\d{1,3}) ", content)
+    if not enhanced:
+        return {"code": code, "enhanced_code": None, "content": content, "command": command}
+    numbers = dict(zip(("class", "subject", "detail"), map(int, enhanced.groups()), strict=True))
+    return {"code": code, "enhanced_code": numbers, "content": content[enhanced.end() :], "command": command}
 
 
 def _rfc3339(seconds: float) -> str:

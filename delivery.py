@@ -1,0 +1,90 @@
+"""What a delivery worker does to the queues: it claims messages that are due, and then says what became of each.
+
+It is for workers in Python; others do the same with plain SQL (README.md, "How messages come and go"). A claim is a
+lease by `due`: the message is not due again before the lease ends, so that a crashed worker's messages come back.
+"""
+
+import random
+import time
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import Connection, case, delete, insert, literal, select, update
+
+from deliverylog import NODEID
+from queues import Message, queue_names, registry
+from store import Recipient, contents, log, messages
+
+
+@dataclass(slots=True, kw_only=True)
+class Claim(Message):
+    """A message that is this worker's to deliver until `due`."""
+
+    key: int
+    content: bytes
+
+
+def claim(count: int, lease: float) -> list[Claim]:
+    """At most `count` messages that are due, each claimed by nobody else, for `lease` seconds.
+
+    On PostgreSQL it passes over what others hold, a rebind included, and waits for nobody.
+    Raises StoreUnavailable.
+    """
+    now = time.time()
+    claims: list[Claim] = []
+    with registry.database.write() as db:
+        names = queue_names(db)
+        random.shuffle(names)  # so that a queue with many messages does not keep the others waiting
+        for name in names:
+            due = (messages.c.queue == name, messages.c.due <= now)
+            first = select(messages).where(*due).order_by(messages.c.due).limit(count - len(claims))
+            for row in db.execute(first.with_for_update(skip_locked=True)).all():
+                until = now + lease
+                db.execute(update(messages).where(messages.c.key == row.key).values(due=until))
+                content = db.scalar(select(contents.c.data).where(contents.c.id == row.id)) or b""
+                known = {f.name: getattr(row, f.name) for f in fields(Message)}
+                claims.append(Claim(**(known | {"due": until, "key": row.key, "content": content})))
+            if len(claims) == count:
+                break
+    return claims
+
+
+def delivered(claim: Claim, details: dict[str, Any]) -> bool:
+    """Take the message away and log its Delivery. False, and no record, where another took it away before."""
+    return _end(claim, "Delivery", details)
+
+
+def bounced(claim: Claim, details: dict[str, Any]) -> bool:
+    """Take the message away and log its Bounce. False, and no record, where another took it away before."""
+    return _end(claim, "Bounce", details)
+
+
+def postponed(claim: Claim, due: float, details: dict[str, Any]) -> None:
+    """Make the message due again at `due`, in seconds since 1970, with one attempt more, and log its TransientFailure.
+
+    Of several recipients, those that `claim.recipient` still names are tried again. Where a rebind made the message due
+    in the meantime it stays as the rebind left it: a failure by the old route says nothing of the new one.
+    """
+    with registry.database.write() as db:
+        still_ours = messages.c.due == claim.due
+        values = {
+            "due": case((still_ours, due), else_=messages.c.due),
+            "recipient": case((still_ours, literal(claim.recipient, Recipient)), else_=messages.c.recipient),
+            "num_attempts": messages.c.num_attempts + 1,
+        }
+        if db.execute(update(messages).where(messages.c.key == claim.key).values(values)).rowcount:
+            _log(db, claim, "TransientFailure", claim.num_attempts + 1, details)
+
+
+def _end(claim: Claim, kind: str, details: dict[str, Any]) -> bool:
+    with registry.database.write() as db:
+        if not db.execute(delete(messages).where(messages.c.key == claim.key)).rowcount:
+            return False
+        _log(db, claim, kind, claim.num_attempts, details)
+        return True
+
+
+def _log(db: Connection, claim: Claim, kind: str, num_attempts: int, details: dict[str, Any]) -> None:
+    row = {name: getattr(claim, name) for name in ("id", "sender", "recipient", "queue", "meta", "size", "created")}
+    of_event = {"type": kind, "num_attempts": num_attempts, "event_time": time.time(), "nodeid": NODEID}
+    db.execute(insert(log).values(row | of_event | {"details": details}))
