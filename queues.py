@@ -28,7 +28,19 @@ from sqlalchemy import (
 )
 
 from deliverylog import NODEID, record
-from store import Database, StoreConflict, contents, in_queues, log, matched, merge, messages, meta_text, take_turns
+from store import (
+    Database,
+    StoreConflict,
+    contents,
+    in_queues,
+    log,
+    matched,
+    merge,
+    messages,
+    meta_text,
+    take_turns,
+    wait_for_writers,
+)
 
 BATCH = 500  # messages or records that are in memory at once
 ATTEMPTS = 3  # at a rebind, where another transaction that locks the same messages in another order is in the way
@@ -385,6 +397,10 @@ class QueueRegistry:
             statement = select(log).where(log.c.key > key).order_by(log.c.key).offset(skip).limit(BATCH)
             with self.database.read() as db:
                 rows = db.execute(statement).all()
+                if rows and rows[-1].key > key + skip + len(rows):
+                    # A record that is missing may be of a transaction that goes on while later ones have ended.
+                    wait_for_writers(db)
+                    rows = db.execute(statement.where(log.c.key <= rows[-1].key)).all()
             yield from map(record, rows)
             if rows:
                 key, skip = rows[-1].key, 0

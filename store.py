@@ -261,6 +261,15 @@ def take_turns(db: Connection) -> None:
         db.execute(text("SELECT pg_advisory_xact_lock(hashtext('rebind'))"))
 
 
+def wait_for_writers(db: Connection) -> None:
+    """Wait until every transaction that has written something by now has ended, so that it can be read or never was."""
+    if db.dialect.name == "postgresql":  # SQLite has one at a time, which nobody overtakes
+        begun = db.scalar(text("SELECT pg_snapshot_xmax(pg_current_snapshot())::text"))
+        running = text("SELECT pg_snapshot_xmin(pg_current_snapshot()) < CAST(:begun AS xid8)")
+        while db.scalar(running, {"begun": begun}):
+            time.sleep(0.05)
+
+
 @contextmanager
 def _translated() -> Iterator[None]:
     """The one place where a driver's errors become ours."""

