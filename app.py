@@ -132,7 +132,7 @@ def problem(status: int, detail: str, errors: Any = None) -> Response:
     document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     if errors:
         document["errors"] = errors
-    response = Response(json.dumps(document), status, content_type="application/problem+json")
+    response = Response(json.dumps(document) + "\n", status, content_type="application/problem+json")
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER)
     return response
