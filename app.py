@@ -31,16 +31,16 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     Raises StoreUnusable and policy.PolicyError.
     """
     app = Flask(__name__, static_folder=None)
-    app.config.from_mapping(
-        DATABASE_URL=f"sqlite:///{Path(app.instance_path, 'queues.db')}", BUSY_TIMEOUT=30, POLICY=None
-    )
+    app.config.from_mapping(DATABASE_URL=None, BUSY_TIMEOUT=30, POLICY=None)
     app.config.from_prefixed_env("REBIND")
     app.config.from_mapping(config or {})
     app.url_map.merge_slashes = False  # a path with a slash too many is another path, not a redirect
     app.logger.setLevel(logging.INFO)
 
-    Path(app.instance_path).mkdir(exist_ok=True)
-    registry.bind(app.config["DATABASE_URL"], float(app.config["BUSY_TIMEOUT"]))
+    if not app.config["DATABASE_URL"]:
+        Path(app.instance_path).mkdir(exist_ok=True)
+        app.config["DATABASE_URL"] = f"sqlite:///{Path(app.instance_path, 'queues.db')}"
+    registry.bind(app.config["DATABASE_URL"], app.config["BUSY_TIMEOUT"])
     try:
         registry.prepare()
     except StoreUnavailable as error:

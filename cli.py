@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -11,14 +12,18 @@ from typing import Any, BinaryIO, TypeVar
 import click
 from flask import Flask
 from marshmallow import ValidationError
+from marshmallow.exceptions import SCHEMA
 
 from queues import DuplicateMessage, NewMessage, QueueName, registry
 from schemas import NotJSON, inspected_messages, parse_json
-from store import StoreUnavailable
+from store import StoreRefused, StoreUnavailable, StoreUnusable
 
 Answer = TypeVar("Answer")
 
 POLL = 0.5  # seconds between two looks for new records
+DRAW = 2**16  # bytes between two drawings of the progress bar
+MAX_RECORDS = 2**63 - 1  # that either database can count
+MAX_REASONS = 5  # that an error names, of all that is wrong in one answer
 
 
 def init_app(app: Flask) -> None:
@@ -34,8 +39,14 @@ def load(files: tuple[BinaryIO, ...]) -> None:
 
     A file holds answers of KumoMTA's inspect-message or inspect-sched-q, one in all or one a line.
     """
-    new = itertools.chain.from_iterable(map(read_messages, files))
-    loaded, discarded = answered(lambda: registry.load(new))
+    sizes = [os.fstat(file.fileno()).st_size for file in files]
+    length = sum(sizes) if all(sizes) else None  # of a pipe it is not known
+    label, hidden = "loading", not sys.stderr.isatty()
+    with click.progressbar(
+        itertools.count(), length, label, file=sys.stderr, hidden=hidden, update_min_steps=DRAW
+    ) as bar:
+        new = (message for file in files for message in read_messages(file, bar.update))
+        loaded, discarded = answered(lambda: registry.load(new))
     click.echo(f"{loaded} messages loaded, {discarded} discarded")
 
 
@@ -49,7 +60,7 @@ def queues(as_json: bool) -> None:
         for row in rows:
             click.echo(json.dumps({column: row[column] for column in columns}))
     else:
-        table = [columns, *(tuple("-" if row[c] is None else str(row[c]) for c in columns) for row in rows)]
+        table = [columns, *(tuple("-" if row[c] is None else printable(str(row[c])) for c in columns) for row in rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for line in table:
             click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -57,55 +68,80 @@ def queues(as_json: bool) -> None:
 
 @click.command()
 @click.option("--follow", is_flag=True, help="Go on with new records as they are written.")
-@click.option("--after", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first N records.")
+@click.option(
+    "--after", metavar="N", type=click.IntRange(0, MAX_RECORDS), default=0, help="Leave out the first N records."
+)
 def log(follow: bool, after: int) -> None:
     """Print the delivery log, one JSON object a line, oldest first."""
+    if follow:
+        # Ctrl-C is its usual end: no KeyboardInterrupt, which in the midst of a driver's work comes out as its error.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     records = registry.records(after, POLL if follow else None)
     while record := answered(lambda: next(records, None)):
         click.echo(json.dumps(record))
 
 
-def read_messages(file: BinaryIO) -> Iterator[NewMessage]:
-    """The messages of a file, with a progress bar on a terminal; one line, or one whole document, is in memory at once.
+def read_messages(file: BinaryIO, progress: Callable[[int], None]) -> Iterator[NewMessage]:
+    """The messages of a file; one line, or one whole document, is in memory at once.
 
+    progress: is told of each text that was read, how many bytes it has.
     Raises click.ClickException with file, line and field of what is wrong.
     """
-    size = os.fstat(file.fileno()).st_size
-    with click.progressbar(itertools.count(), size or None, f"loading {file.name}", file=sys.stderr) as bar:
-        for number, text in documents(file):
-            source = f"{file.name}:{number}"
-            bar.update(len(text))
-            try:
-                yield from inspected_messages(parse_json(text), source)
-            except NotJSON as error:
-                raise click.ClickException(f"{source}: this is not JSON that can be read: {error}") from error
-            except ValidationError as error:
-                reasons = "; ".join(f"{field}: {reason}" for field, reason in by_field(error.messages))
-                raise click.ClickException(f"{source}: {reasons}") from error
+    for line, text in documents(file):
+        progress(len(text))
+        text = text.rstrip()  # so that what ends too early ends on its own line
+        if not text:
+            continue
+        source = f"{file.name}:{line}"
+        try:
+            yield from inspected_messages(parse_json(text, line), source)
+        except NotJSON as error:
+            raise failure(f"{source}: this is not JSON that can be read: {error}") from error
+        except ValidationError as error:
+            reasons = list(by_field(error.messages))
+            more = [f"and {len(reasons) - MAX_REASONS} more"] if len(reasons) > MAX_REASONS else []
+            raise failure(f"{source}: {'; '.join(reasons[:MAX_REASONS] + more)}") from error
 
 
 def documents(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Each line of a file with its number, or the whole file where its first line is no object of its own."""
-    first = file.readline()
-    if not first.rstrip().endswith(b"}"):
-        first += file.read()
-    for number, text in enumerate(itertools.chain([first], file), 1):
+    """The lines of a file with their numbers, blank ones too.
+
+    Where the first that is not blank is no object of its own, it comes with all that follows it.
+    """
+    lines = enumerate(file, 1)
+    for line, text in lines:
         if text.strip():
-            yield number, text
+            yield line, text if text.rstrip().endswith(b"}") else text + file.read()
+            break
+        yield line, text
+    yield from lines
 
 
-def by_field(messages: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """marshmallow's tree of error messages as pairs of a field's path and a reason."""
+def by_field(messages: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """marshmallow's tree of error messages as lines `field: reason`, the field with its path."""
     if isinstance(messages, dict):
         for field, below in messages.items():
-            yield from by_field(below, f"{path}.{field}" if path else str(field))
+            yield from by_field(below, path if field == SCHEMA else (*path, str(field)))
     else:
-        yield path, " ".join(messages)
+        yield ": ".join(filter(None, (".".join(path), " ".join(messages))))
 
 
 def answered(question: Callable[[], Answer]) -> Answer:
-    """What the registry answers, or the end of the command with a line that says why there is none."""
+    """What the registry answers.
+
+    Raises click.ClickException, with why there is no answer.
+    """
     try:
         return question()
-    except (DuplicateMessage, StoreUnavailable) as error:
-        raise click.ClickException(str(error)) from error
+    except (DuplicateMessage, StoreRefused, StoreUnavailable, StoreUnusable) as error:
+        raise failure(str(error)) from error
+
+
+def failure(reason: str) -> click.ClickException:
+    """The end of the command with one line that says why, whatever the reason quotes."""
+    return click.ClickException(printable(reason))
+
+
+def printable(text: str) -> str:
+    """The text with what would break its line, or command the terminal, as Python's escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,8 +1,28 @@
 """gunicorn's settings: it finds this file by itself in the folder where it is started."""
 
 bind = "127.0.0.1:8000"
+umask = 0o007  # of a unix socket: a proxy is believed about who asks, so that nobody else may connect to it
+
 workers = 2
+# Its threads may take as long as they like: the timeout is for a worker that hangs as a whole, and does not show that
+# it is alive. A `sync` worker would be killed in the middle of a long rebind.
 worker_class = "gthread"
 threads = 4
-accesslog = None  # the application writes one line per request
-control_socket_disable = True
+timeout = 30  # seconds
+max_requests = 0  # a worker that ends after so many would end the rebinds that its other threads are at
+
+# After SIGTERM a running rebind has so many seconds to finish. Then it is killed, which rolls it back.
+# systemd's TimeoutStopSec must be longer.
+graceful_timeout = 300
+
+# A request's line and headers are small; nginx, before it, refuses as much by itself. The body's limit is app.MAX_BODY.
+limit_request_line = 4094
+limit_request_fields = 50
+limit_request_field_size = 4094
+
+# To standard output, while the application's own line per request, with the actor, goes to standard error.
+# No %(u)s, the user's name: it is what the client says, unchecked, line breaks included.
+accesslog = "-"
+access_log_format = '%(h)s %({x-forwarded-for}i)s "%(r)s" %(s)s %(B)s %(M)sms "%(a)s"'
+
+control_socket_disable = True  # whoever may open it could stop the service

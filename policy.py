@@ -21,5 +21,5 @@ def load(path: str) -> None:
     sys.modules["rebind_policy"] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PolicyError(f"the policy {path} cannot be loaded: {type(error).__name__}: {error}") from error

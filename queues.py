@@ -24,6 +24,7 @@ from sqlalchemy import (
     insert,
     literal,
     select,
+    text,
     update,
 )
 
@@ -423,12 +424,14 @@ def _match(db: Connection, names: list[str], request: RebindRequest, limit: int 
     new_name = messages.c.queue if request.trigger_rebind_event else _new_name(request.data)
     found = select(messages.c.key, messages.c.queue, new_name.label("new_queue")).where(in_queues(db, names))
     if limit is None:
-        found = found.order_by(messages.c.key)
+        # In the order of keys, but not by their index: that would read every message to find those of a few queues.
+        found = found.order_by(messages.c.key + 0)
     else:
         found = found.order_by(messages.c.due, messages.c.key).limit(limit)
     if lock:
         found = found.with_for_update(key_share=True, of=messages)
     db.execute(insert(matched).from_select(["key", "queue", "new_queue"], found))
+    db.execute(text("ANALYZE matched"))  # or the planner, which knows nothing of it, may start from all the messages
     return db.scalar(select(func.count()).select_from(matched)) or 0
 
 

@@ -8,18 +8,20 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate, validates_schema
 
-from queues import NewMessage, RebindRequest, check_json, check_text, domain_of
+from queues import NewMessage, RebindRequest, check_json, check_text, domain_of, queue_name
+from store import MAX_NAME
 
 
 class NotJSON(ValueError):
     """A text that is not JSON, or that cannot be read without guessing what it means."""
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes, line: int = 1) -> Any:
     """Read JSON (RFC 8259) from UTF-8, and refuse what Python's own reader lets pass.
 
+    line: the number of the text's first line, for error messages.
     Raises NotJSON: bad syntax or UTF-8, NaN, a number beyond a double, a key given twice, nesting too deep.
     """
     try:
@@ -30,6 +32,9 @@ def parse_json(text: bytes) -> Any:
         raise NotJSON("it is nested too deep to read") from None
     except UnicodeDecodeError as error:
         raise NotJSON(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        position = f"line {line + error.lineno - 1} column {error.colno} (char {error.pos})"
+        raise NotJSON(f"{error.msg}: {position}") from None
     except ValueError as error:
         raise NotJSON(str(error)) from None
 
@@ -139,11 +144,16 @@ class MessageSchema(Schema):
     num_attempts = StrictInteger(load_default=0, validate=validate.Range(0, 2**31 - 1))
     scheduling = fields.Raw(load_only=True)  # KumoMTA's limits to the hours of delivery, which we do not keep
 
+    @validates_schema
+    def _can_be_queued(self, message: dict[str, Any], **_: Any) -> None:
+        if len(queue_name(message["meta"], domain_of(message["recipient"])).encode()) > MAX_NAME:
+            raise ValidationError(f"the name of its queue is longer than {MAX_NAME} bytes", "meta")
+
 
 class InspectedMessageSchema(Schema):
     """The answer of KumoMTA's `inspect-message`."""
 
-    id = text(required=True)
+    id = fields.String(required=True, validate=[validate.Length(1), _checked(check_text)])
     message = fields.Nested(MessageSchema, required=True)
 
 

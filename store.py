@@ -45,6 +45,8 @@ from sqlalchemy.types import TypeDecorator
 
 MAX_NAME = 2000  # bytes of a queue's name: what an index of PostgreSQL takes, with room to spare
 
+MAX_WAIT = 2_000_000  # seconds, in milliseconds within what both engines count
+
 
 class StoreUnavailable(Exception):
     """The database is locked, full or out of reach: nothing was done, unless the answer to a commit was lost.
@@ -205,14 +207,15 @@ class Database:
 
     url: SQLAlchemy's, `sqlite:///FILE` or `postgresql+psycopg://…`.
     busy_timeout: how long a transaction waits for others, in seconds.
-    Raises StoreUnusable where the URL, or what it names, is none that can be used.
+    Raises StoreUnusable where one of them cannot be used.
     """
 
     def __init__(self, url: str, busy_timeout: float) -> None:
-        self.busy_timeout = busy_timeout
+        if not isinstance(busy_timeout, int | float) or not 0 <= busy_timeout <= MAX_WAIT:
+            raise StoreUnusable(f"the busy timeout {busy_timeout!r} is no number of seconds from 0 to {MAX_WAIT}")
         try:
             self._engine = _engine(url, busy_timeout)
-        except ArgumentError as error:
+        except (ArgumentError, ImportError) as error:
             raise StoreUnusable(f"the database URL cannot be used: {error}") from error
         self._writing_engine = self._engine.execution_options(writing=True)
         self._prepared = False
@@ -278,7 +281,9 @@ def _translated() -> Iterator[None]:
     except PoolTimeout as error:
         raise StoreUnavailable(f"no database connection was free: {error}") from error
     except IntegrityError as error:
-        raise StoreRefused(f"the name of a queue is longer than {MAX_NAME} bytes, or a constraint is broken") from error
+        if "queue_length" in str(error.orig):
+            raise StoreRefused(f"the name of a queue is longer than {MAX_NAME} bytes") from error
+        raise StoreRefused(f"the tables do not allow it: {str(error.orig).splitlines()[0]}") from error
     except (OperationalError, InterfaceError) as error:
         if isinstance(error.orig, (DeadlockDetected, SerializationFailure)):
             raise StoreConflict(f"the database ended the transaction: {error.orig}") from error
@@ -290,9 +295,12 @@ def _translated() -> Iterator[None]:
 
 
 def _engine(url: str, busy_timeout: float) -> Engine:
-    dialect = make_url(url).get_backend_name()
+    parts = make_url(url)
+    dialect = parts.get_backend_name()
     if dialect not in ("sqlite", "postgresql"):
         raise ArgumentError(f"{dialect} is neither sqlite nor postgresql")
+    if dialect == "sqlite" and parts.database in (None, "", ":memory:"):
+        raise ArgumentError("a database in memory is not shared: name a file")
     if dialect == "sqlite":
         engine = create_engine(url, json_serializer=_compact)
         event.listen(engine, "connect", lambda connection, _: _set_up_sqlite(connection, busy_timeout))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -28,9 +29,10 @@ numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """The URL of a real PostgreSQL of this test run's own."""
-    with get_server(tmp_path_factory.mktemp("postgresql")) as server:
+    # Not below pytest's folder, which is closed to the user that PostgreSQL runs as where the tests run as root.
+    with TemporaryDirectory() as folder, get_server(folder) as server:
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
 
 
@@ -112,21 +114,25 @@ class Service:
         return self.process.poll() is not None or _listens(self.address)
 
 
-def start_service(folder: Path, url: str, **settings: str) -> Service:
-    """A gunicorn with two workers on a free port. Stop it with `stop_service`."""
-    service = launch(folder, url, **settings)
+def start_service(folder: Path, url: str, *arguments: str, **settings: str) -> Service:
+    """A gunicorn with two workers on a free port. Stop it with `stop_service`.
+
+    arguments: for gunicorn's command line.
+    settings: for its environment.
+    """
+    service = launch(folder, url, *arguments, **settings)
     until(service.listens_or_ended)
     return service
 
 
-def launch(folder: Path, url: str, **settings: str) -> Service:
+def launch(folder: Path, url: str, *arguments: str, **settings: str) -> Service:
     """A gunicorn that may not have started yet, or never will."""
     port = free_port()
     environment = os.environ | {"REBIND_DATABASE_URL": url} | settings
     output = folder / "gunicorn.log"
     with output.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "2", "wsgi:app"],
+            [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "2", *arguments, "wsgi:app"],
             cwd=ROOT,
             env=environment,
             stdout=log,

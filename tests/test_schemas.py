@@ -1,0 +1,267 @@
+"""Tests of what is read from outside, without HTTP or a database: JSON itself, the body and the query of a request."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from marshmallow import Schema, ValidationError
+
+from queues import NewMessage, RebindRequest
+from schemas import NotJSON, RebindQuerySchema, RebindRequestSchema, inspected_messages, parse_json
+
+# JSON
+
+JSON: dict[str, tuple[bytes, Any]] = {
+    "object": (
+        b'{"a": {"a": [1, -2.5e3, true, false, null, "\\u00e9"]}}',
+        {"a": {"a": [1, -2500.0, True, False, None, "é"]}},
+    ),
+    "white space": (b" \t\r\n[ ] \n", []),
+    "string": (b'"a"', "a"),
+    "UTF-8": ('"é💌"'.encode(), "é💌"),
+    "a pair of surrogates": (rb'"\ud83d\udc8c"', "💌"),
+    "a lone surrogate": (rb'"\ud800"', "\ud800"),  # is JSON; check_text refuses it
+    "NUL": (rb'"\u0000"', "\0"),
+    "an empty key": (b'{"": 1}', {"": 1}),
+    "keys that differ in case": (b'{"a": 1, "A": 2}', {"a": 1, "A": 2}),
+    "one key in two objects": (b'[{"a": 1}, {"a": 2}]', [{"a": 1}, {"a": 2}]),
+    "the largest double": (b"1.7976931348623157e308", 1.7976931348623157e308),
+    "too small for a double": (b"1e-999", 0.0),
+    "4300 digits": (b"9" * 4300, 10**4300 - 1),
+}
+
+
+@pytest.mark.parametrize(("text", "value"), JSON.values(), ids=JSON)
+def test_json_is_read(text: bytes, value: Any) -> None:
+    assert parse_json(text) == value
+
+
+NOT_JSON = {
+    "empty": (b"", "Expecting value: line 1 column 1 (char 0)"),
+    "cut": (b'{"a": 1', "Expecting ',' delimiter: line 1 column 8 (char 7)"),
+    "more after it": (b"{} {}", "Extra data: line 1 column 4 (char 3)"),
+    "bad UTF-8": (b'"\xff"', "it is not UTF-8: invalid start byte at byte 1"),
+    "a surrogate as UTF-8": (b'"\xed\xa0\x80"', "it is not UTF-8: invalid continuation byte at byte 1"),
+    "UTF-16": ("{}".encode("utf-16"), "it is not UTF-8: invalid start byte at byte 0"),
+    "UTF-16 without a BOM": (
+        "{}".encode("utf-16-le"),
+        "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    ),
+    "BOM": (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 (char 0)"),
+    "NaN": (b"NaN", "NaN is no number in JSON"),
+    "Infinity": (b'{"a": Infinity}', "Infinity is no number in JSON"),
+    "-Infinity": (b"[-Infinity]", "-Infinity is no number in JSON"),
+    "1e999": (b"1e999", "the number 1e999 is too large"),
+    "-1e999": (b'{"a": [-1e999]}', "the number -1e999 is too large"),
+    "a key twice": (b'{"a": 1, "a": 1}', "the key 'a' is given twice in one object"),
+    "a key twice inside": (b'[{"b": {"": 1, "": 2}}]', "the key '' is given twice in one object"),
+    "a key twice, escaped": (rb'{"\ud800": 1, "\ud800": 1}', r"the key '\ud800' is given twice in one object"),
+    "deep lists": (b"[" * 100_000, "it is nested too deep to read"),
+    "deep objects": (b'{"a":' * 100_000, "it is nested too deep to read"),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), NOT_JSON.values(), ids=NOT_JSON)
+def test_what_is_not_json_is_refused_with_the_reason(text: bytes, reason: str) -> None:
+    with pytest.raises(NotJSON) as refused:
+        parse_json(text)
+    assert str(refused.value) == reason
+
+
+def test_a_number_with_too_many_digits_is_refused() -> None:
+    with pytest.raises(NotJSON, match="4300 digits"):
+        parse_json(b"9" * 5000)
+
+
+# A request to rebind
+
+DATA = {"reason": "r", "data": {}}
+NO_STRING, NO_BOOLEAN, NO_MAPPING = (["Not a valid string."], ["Not a valid boolean."], ["Not a valid mapping type."])
+NULL, UNKNOWN, MISSING = ["Field may not be null."], ["Unknown field."], ["Missing data for required field."]
+NUL, SURROGATE = ["a string must not hold a NUL"], ["a string must not hold a lone surrogate"]
+
+
+def errors(schema: Schema, value: Any) -> Any:
+    """What the schema says is wrong with the value."""
+    with pytest.raises(ValidationError) as refused:
+        schema.load(value)
+    return refused.value.messages
+
+
+def test_a_request_needs_a_reason_and_data_alone() -> None:
+    assert RebindRequestSchema().load({"reason": "", "data": {}}) == RebindRequest("", {})
+    assert errors(RebindRequestSchema(), {}) == {"reason": MISSING, "data": MISSING}
+
+
+def test_every_field_of_a_request_is_read_as_it_stands() -> None:
+    body = {
+        "reason": " Cleaning up ",
+        "data": {"": "", "é": "💌", "queue": "null"},
+        "campaign": "",
+        "tenant": " acme ",
+        "domain": "Example.COM",
+        "routing_domain": "mx",
+        "trigger_rebind_event": True,
+        "always_flush": True,
+        "suppress_logging": True,
+    }
+    assert RebindRequestSchema().load(body) == RebindRequest(**body)  # type: ignore[arg-type]
+
+
+def test_a_criterion_that_is_null_is_none() -> None:
+    body = DATA | dict.fromkeys(("campaign", "tenant", "domain", "routing_domain"))
+    assert RebindRequestSchema().load(body) == RebindRequest("r", {})
+
+
+def wrong_fields() -> Iterator[tuple[str, Any, Any]]:
+    """Each field, with each value that it must not have, and the errors that it gives."""
+    value: Any
+    for field in ("reason", "campaign", "tenant", "domain", "routing_domain"):
+        for value in (0, 5, 1.5, True, False, [], ["a"], {}, {"a": "b"}):
+            yield field, value, NO_STRING
+        yield field, "a\0b", NUL
+        yield field, "a\ud800", SURROGATE
+        yield field, "\udc00\ud800", SURROGATE
+    yield "reason", None, NULL
+    for field in ("trigger_rebind_event", "always_flush", "suppress_logging"):
+        yield field, None, NULL
+        for value in (0, 1, 0.0, 1.0, "true", "false", "yes", "no", "on", "1", "", [], [True], {}):
+            yield field, value, NO_BOOLEAN
+    yield "data", None, NULL
+    for value in (0, 5, True, False, "", "a", "queue", [], [["queue", "b"]]):
+        yield "data", value, NO_MAPPING
+    for value in (0, 5, 1.5, True, False, [], {}):
+        yield "data", {"queue": value}, {"queue": {"value": NO_STRING}}
+    yield "data", {"queue": None}, {"queue": {"value": NULL}}
+    yield "data", {"queue": "b", "x": 5, "y": None}, {"x": {"value": NO_STRING}, "y": {"value": NULL}}
+    yield "data", {"queue": "\0"}, {"queue": {"value": NUL}}
+    yield "data", {"queue": "\udfff"}, {"queue": {"value": SURROGATE}}
+    yield "data", {"a\0": "b"}, {"a\0": {"key": NUL}}
+    yield "data", {"\ud800": "b"}, {"\ud800": {"key": SURROGATE}}
+    yield "data", {"\ud800": "\0"}, {"\ud800": {"key": SURROGATE, "value": NUL}}
+    for field in ("campaing", "Domain", "domain ", "dry_run", "limit", "_schema", "", "\0", "\ud800"):
+        yield field, "example.com", UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wrong"), [pytest.param(*case, id=ascii(case[:2])) for case in wrong_fields()]
+)
+def test_a_wrong_value_is_an_error_and_never_coerced(field: str, value: Any, wrong: Any) -> None:
+    assert errors(RebindRequestSchema(), DATA | {field: value}) == {field: wrong}
+
+
+def test_every_wrong_field_is_named() -> None:
+    body = {"data": {"a": 1}, "domain": 5, "always_flush": 1, "x": 1}
+    assert errors(RebindRequestSchema(), body) == {
+        "reason": MISSING,
+        "data": {"a": {"value": NO_STRING}},
+        "domain": NO_STRING,
+        "always_flush": NO_BOOLEAN,
+        "x": UNKNOWN,
+    }
+
+
+@pytest.mark.parametrize("value", [None, [], [DATA], "data", "", 0, 1.5, True], ids=ascii)
+def test_what_is_no_object_is_no_request(value: Any) -> None:
+    assert errors(RebindRequestSchema(), value) == {"_schema": ["Invalid input type."]}
+
+
+# The query
+
+
+@pytest.mark.parametrize(
+    ("query", "options"),
+    [
+        ({}, {"dry_run": False, "limit": None}),
+        ({"dry_run": "true"}, {"dry_run": True, "limit": None}),
+        ({"dry_run": "false", "limit": "1"}, {"dry_run": False, "limit": 1}),
+        ({"limit": "999999999999999999"}, {"dry_run": False, "limit": 10**18 - 1}),
+    ],
+)
+def test_a_query_is_read(query: dict[str, str], options: dict[str, Any]) -> None:
+    assert RebindQuerySchema().load(query) == options
+
+
+@pytest.mark.parametrize(
+    "limit", ["", "0", "-1", "1.5", "+1", " 1", "1 ", "1\n", "1\0", "01", "٣", "1e3", "1_0", "9" * 19]
+)
+def test_a_limit_is_a_whole_number_from_1(limit: str) -> None:
+    assert errors(RebindQuerySchema(), {"limit": limit}) == {"limit": ["Not a whole number from 1 to 10^18 - 1."]}
+
+
+@pytest.mark.parametrize("dry_run", ["", "True", "TRUE", "yes", "on", "1", "0", "true ", "false,true"])
+def test_a_dry_run_is_true_or_false(dry_run: str) -> None:
+    assert errors(RebindQuerySchema(), {"dry_run": dry_run}) == {"dry_run": NO_BOOLEAN}
+
+
+# Messages to load
+
+ADA = {"id": "m1", "message": {"sender": "", "recipient": "ada@example.com"}}
+
+
+def test_a_message_has_defaults_for_what_is_not_said() -> None:
+    assert inspected_messages(ADA, "here") == [NewMessage("m1", "", "ada@example.com", source="here")]
+
+
+def test_messages_of_a_queue_are_read_and_the_rest_of_the_answer_is_not() -> None:
+    full = {
+        "sender": "news@acme.example",
+        "recipient": ["ada@example.com", "bob@example.org"],
+        "meta": {"tenant": "acme", "n": [1, None, {"a": 1.5}]},
+        "data": "é",
+        "due": "2026-01-01T00:00:00+01:00",
+        "num_attempts": 3,
+    }
+    answer = {"queue_name": "acme@example.com", "num_scheduled": 2, "messages": [{"id": "m2", "message": full}, ADA]}
+    assert inspected_messages(answer, "here") == [
+        NewMessage(
+            id="m2",
+            sender="news@acme.example",
+            recipient=["ada@example.com", "bob@example.org"],
+            content="é".encode(),
+            meta={"tenant": "acme", "n": [1, None, {"a": 1.5}]},
+            due=1767222000.0,
+            num_attempts=3,
+            source="here",
+        ),
+        NewMessage("m1", "", "ada@example.com", source="here"),
+    ]
+
+
+WRONG_MESSAGES: dict[str, tuple[str, Any, Any]] = {
+    "sender null": ("sender", None, NULL),
+    "sender a number": ("sender", 5, NO_STRING),
+    "sender with a NUL": ("sender", "\0", NUL),
+    "recipient null": ("recipient", None, NULL),
+    "recipient a number": ("recipient", 5, ["int is no string"]),
+    "recipient an object": ("recipient", {"a@b": 1}, ["dict is no string"]),
+    "no recipients": ("recipient", [], ["there is no recipient"]),
+    "no address": ("recipient", "ada", ["'ada' is no address local@domain"]),
+    "one recipient no address": ("recipient", ["a@b", "@b"], ["'@b' is no address local@domain"]),
+    "recipient with a surrogate": ("recipient", "a@\ud800", SURROGATE),
+    "meta null": ("meta", None, NULL),
+    "meta a list": ("meta", [], NO_MAPPING),
+    "meta with a NUL within": ("meta", {"a": [{"b": "\0"}]}, NUL),
+    "meta with a surrogate for a key": ("meta", {"\ud800": 1}, SURROGATE),
+    "meta too deep": ("meta", {"a": json.loads("[" * 300 + "]" * 300)}, ["it is nested deeper than 200"]),
+    "data a number": ("data", 5, NO_STRING),
+    "due without a zone": ("due", "2026-01-01T00:00:00", ["Not a valid aware datetime."]),
+    "due no time": ("due", "soon", ["Not a valid datetime."]),
+    "due a number": ("due", 5, ["Not a valid datetime."]),
+    "attempts a float": ("num_attempts", 1.0, ["Not a valid integer."]),
+    "attempts a boolean": ("num_attempts", True, ["Not a valid integer."]),
+    "attempts as text": ("num_attempts", "1", ["Not a valid integer."]),
+    "attempts negative": ("num_attempts", -1, None),
+    "attempts too many": ("num_attempts", 2**31, None),
+    "unknown": ("recipients", [], UNKNOWN),
+}
+
+
+@pytest.mark.parametrize(("field", "value", "wrong"), WRONG_MESSAGES.values(), ids=WRONG_MESSAGES)
+def test_a_message_with_a_wrong_value_is_refused(field: str, value: Any, wrong: Any) -> None:
+    message = {"sender": "", "recipient": "ada@example.com"} | {field: value}
+    with pytest.raises(ValidationError) as refused:
+        inspected_messages({"messages": [ADA, {"id": "m2", "message": message}]}, "here")
+    between = ["Must be greater than or equal to 0 and less than or equal to 2147483647."]
+    assert refused.value.messages == {"messages": {1: {"message": {field: wrong or between}}}}
