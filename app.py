@@ -37,7 +37,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.url_map.merge_slashes = False  # a path with a slash too many is another path, not a redirect
     app.logger.setLevel(logging.INFO)
 
-    if not app.config["DATABASE_URL"]:
+    if app.config["DATABASE_URL"] is None:
         Path(app.instance_path).mkdir(exist_ok=True)
         app.config["DATABASE_URL"] = f"sqlite:///{Path(app.instance_path, 'queues.db')}"
     registry.bind(app.config["DATABASE_URL"], app.config["BUSY_TIMEOUT"])

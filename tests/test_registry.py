@@ -1,8 +1,133 @@
 """Tests of the registry: what a rebind does to messages and to the delivery log."""
 
-from conftest import message, stored
+import itertools
+import json
+import platform
+import time
+import uuid
+from datetime import UTC, datetime
+from typing import Any
 
-from queues import QueueRegistry, RebindRequest
+import pytest
+from conftest import logged, message, stored
+from sqlalchemy import create_engine, select
+from sqlalchemy.exc import DBAPIError
+
+import store
+from queues import (
+    BATCH,
+    DuplicateMessage,
+    Message,
+    QueueRegistry,
+    QueueSummary,
+    RebindRequest,
+    RebindResult,
+    queue_name,
+    rebind,
+)
+
+ODD_TEXT = "é€\U0001f600 \"\\/\t\x7f\u2028'%:@!"
+FLAGS = ("trigger_rebind_event", "always_flush", "suppress_logging")
+
+
+def ask(
+    queues: QueueRegistry,
+    data: dict[str, str] | None = None,
+    *,
+    dry_run: bool = False,
+    limit: int | None = None,
+    **fields: Any,
+) -> RebindResult:
+    """Ask for a rebind that sets `data`."""
+    return queues.rebind(RebindRequest("a test", data or {}, **fields), actor="me", dry_run=dry_run, limit=limit)
+
+
+def counts(result: RebindResult) -> tuple[int, int, int]:
+    return result.matched, result.moved, result.flushed
+
+
+def names(url: str) -> list[str]:
+    """The queue of each message."""
+    return [row["queue"] for row in stored(url)]
+
+
+def metas(url: str) -> list[dict[str, Any]]:
+    """The metadata of each message."""
+    return [row["meta"] for row in stored(url)]
+
+
+def run(url: str, *statements: str) -> None:
+    """Run SQL as a sender or a worker does, who knows nothing of this program."""
+    engine = create_engine(url)
+    with engine.begin() as db:
+        for statement in statements:
+            db.exec_driver_sql(statement.replace("%", "%%") if db.dialect.name == "postgresql" else statement)
+    engine.dispose()
+
+
+def set_data(message: Message, data: dict[str, str]) -> None:
+    """A handler that does what is done without the event."""
+    message.meta |= data
+
+
+# Which messages
+
+
+def test_without_criteria_all_queues_match(queues: QueueRegistry, url: str) -> None:
+    queues.load(
+        [message(), message("bob@other.example"), message(meta={"queue": "pinned"}), message(meta={"queue": ""})]
+    )
+    assert counts(ask(queues, {"queue": "q"})) == (4, 4, 4)
+    assert names(url) == ["q"] * 4
+
+
+def test_a_criterion_picks_the_queues_whose_part_equals_it(queues: QueueRegistry, url: str) -> None:
+    queues.load(
+        [
+            message(meta={"campaign": "a", "tenant": "t"}),
+            message(meta={"campaign": "b", "tenant": "t"}),
+            message(meta={"tenant": "t"}),
+            message(meta={"campaign": "a"}),
+        ]
+    )
+    assert counts(ask(queues, {"queue": "q"}, campaign="a", tenant="t")) == (1, 1, 1)
+    assert names(url) == ["q", "b:t@example.com", "t@example.com", "a:@example.com"]
+
+
+@pytest.mark.parametrize(
+    "criteria",
+    [
+        {"tenant": ""},
+        {"domain": "EXAMPLE.COM"},
+        {"routing_domain": "ROUTE.example"},
+        {"campaign": ODD_TEXT.replace(":", "").replace("@", "")},
+    ],
+    ids=["empty tenant", "domain in upper case", "routing domain in upper case", "odd campaign"],
+)
+def test_criteria_find_the_queue(queues: QueueRegistry, url: str, criteria: dict[str, Any]) -> None:
+    campaign = ODD_TEXT.replace(":", "").replace("@", "")
+    queues.load([message(meta={"campaign": campaign, "routing_domain": "route.Example"}), message("bob@other.example")])
+    assert counts(ask(queues, {"queue": "q"}, **criteria)) == (1, 1, 1)
+    assert names(url) == ["q", "other.example"]
+
+
+def test_criteria_are_compared_with_the_queues_name_and_not_with_metadata(queues: QueueRegistry, url: str) -> None:
+    queues.load(
+        [message(meta={"queue": "a:t@pinned", "campaign": "b"}), message(meta={"queue": "pinned", "campaign": "a"})]
+    )
+    assert counts(ask(queues, {"queue": "q"}, campaign="a")) == (1, 1, 1)
+    assert names(url) == ["q", "pinned"]
+
+
+def test_a_request_that_matches_nothing_does_nothing(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    before = stored(url)
+    assert counts(ask(queues, {"queue": "q"}, campaign="none", always_flush=True)) == (0, 0, 0)
+    assert (stored(url), logged(url)) == (before, [])
+
+
+def test_where_there_is_no_message_nothing_matches(queues: QueueRegistry) -> None:
+    assert counts(ask(queues, {"queue": "q"}, always_flush=True)) == (0, 0, 0)
 
 
 def test_a_message_that_moves_into_another_matched_queue_is_handled_once(queues: QueueRegistry, url: str) -> None:
@@ -11,3 +136,500 @@ def test_a_message_that_moves_into_another_matched_queue_is_handled_once(queues:
     assert (result.matched, result.moved) == (3, 2)
     assert [row["queue"] for row in stored(url)] == ["b:@example.com"] * 3
     assert sorted(record["old_queue"] for record in queues.records()) == [f"{name}:@example.com" for name in "abc"]
+
+
+def test_messages_that_handlers_move_into_matched_queues_are_handled_once(queues: QueueRegistry, url: str) -> None:
+    def next_queue(message: Message, data: dict[str, str]) -> None:
+        message.meta["n"] += 1
+        message.meta["queue"] = f"q{message.meta['n']:05}"
+
+    number = 3 * BATCH + 1
+    queues.load(message(meta={"queue": f"q{n:05}", "n": n}) for n in range(number))
+    with rebind.connected_to(next_queue):
+        assert counts(ask(queues, trigger_rebind_event=True)) == (number, number, number)
+    assert metas(url) == [{"queue": f"q{n:05}", "n": n} for n in range(1, number + 1)]
+    assert names(url) == [meta["queue"] for meta in metas(url)]
+    ids = [row["id"] for row in stored(url)]
+    assert [(row["id"], row["old_queue"], row["queue"]) for row in logged(url)] == [
+        (id, f"q{n:05}", f"q{n + 1:05}") for n, id in enumerate(ids)
+    ]
+
+
+def test_more_messages_and_queues_than_a_batch_are_rebound(queues: QueueRegistry, url: str) -> None:
+    number = 2 * BATCH + 1
+    queues.load(message(meta={"tenant": f"t{n}"}) for n in range(number))
+    assert counts(ask(queues, {"campaign": "c"})) == (number, number, number)
+    assert names(url) == [f"c:t{n}@example.com" for n in range(number)]
+    assert [record["queue"] for record in queues.records()] == names(url)
+
+
+# What becomes of them
+
+
+def test_data_is_set_over_earlier_values(queues: QueueRegistry, url: str) -> None:
+    earlier: dict[str, Any] = {
+        "a": {"nested": {"x": 1}},
+        "b": [1, 2],
+        "c": None,
+        "d": 5,
+        "kept": {"a": None, "b": [{}]},
+    }
+    queues.load([message(meta=earlier)])
+    ask(queues, {"a": "1", "b": "", "c": "null", "new": "{}"})
+    assert metas(url) == [{"a": "1", "b": "", "c": "null", "d": 5, "new": "{}", "kept": {"a": None, "b": [{}]}}]
+
+
+def test_metadata_may_have_any_key_and_value(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(meta={ODD_TEXT: ODD_TEXT, "": {"": [ODD_TEXT]}, "$.a[0]": 1})])
+    ask(queues, {ODD_TEXT: "1" + ODD_TEXT, "$.a[0]": "2", "a.b": "3", "tenant": ODD_TEXT})
+    assert metas(url) == [
+        {ODD_TEXT: "1" + ODD_TEXT, "": {"": [ODD_TEXT]}, "$.a[0]": "2", "a.b": "3", "tenant": ODD_TEXT}
+    ]
+    assert names(url) == [f"{ODD_TEXT}@example.com"]
+    assert [record["meta"] for record in queues.records()] == metas(url)
+
+
+def test_numbers_and_booleans_stay_what_they_are(queues: QueueRegistry, url: str) -> None:
+    meta = {
+        "int": 1,
+        "float": 1.0,
+        "true": True,
+        "big": 2**70,
+        "small": -1.5e-7,
+        "exact": 0.1,
+        "zero": 0,
+        "false": False,
+    }
+    queues.load([message(meta=meta)])
+    ask(queues, {"a": "b"})
+    (found,) = metas(url)
+    assert {key: repr(value) for key, value in found.items()} == {
+        key: repr(value) for key, value in (meta | {"a": "b"}).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("meta", "data", "name"),
+    [
+        ({}, {"campaign": "c"}, "c:@example.com"),
+        ({}, {"tenant": "t"}, "t@example.com"),
+        ({}, {"routing_domain": "r"}, "example.com!r"),
+        ({"tenant": "t"}, {"campaign": "c"}, "c:t@example.com"),
+        ({"tenant": "t", "campaign": "c"}, {"tenant": ""}, "c:@example.com"),
+        (
+            {"tenant": "t", "campaign": "c"},
+            {"campaign": "d", "tenant": "u", "routing_domain": "r"},
+            "d:u@example.com!r",
+        ),
+        ({"tenant": "t"}, {"other": "x"}, "t@example.com"),
+        ({"queue": "pinned"}, {"campaign": "c"}, "pinned"),
+        ({"queue": "pinned", "campaign": "c"}, {"queue": "other"}, "other"),
+        ({"campaign": "c"}, {"queue": ""}, ""),
+        ({"campaign": "c"}, {"queue": "null"}, "null"),
+        ({"queue": None, "campaign": 1, "tenant": ["t"]}, {"routing_domain": "r"}, "example.com!r"),
+        ({"queue": {"a": "b"}}, {}, "example.com"),
+        ({"queue": 1}, {"queue": "now"}, "now"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_the_queue_is_named_anew(
+    queues: QueueRegistry, url: str, event: bool, meta: dict[str, Any], data: dict[str, str], name: str
+) -> None:
+    queues.load([message(meta=meta)])
+    moved = names(url) != [name]
+    with rebind.connected_to(set_data):
+        assert counts(ask(queues, data, trigger_rebind_event=event)) == (1, moved, moved)
+    assert (names(url), metas(url)) == ([name], [meta | data])
+
+
+def test_a_pinned_message_stays_when_its_campaign_changes(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(meta={"queue": "pinned", "campaign": "a"})])
+    (before,) = stored(url)
+    assert counts(ask(queues, {"campaign": "b"})) == (1, 0, 0)
+    assert stored(url) == [before | {"meta": {"queue": "pinned", "campaign": "b"}}]
+
+
+KEYS = ("queue", "campaign", "tenant", "routing_domain")
+VALUES: tuple[Any, ...] = ("unset", None, 1, {"a": "b"}, "", "a", ":@!é\"'\\")
+METAS = [
+    {key: value for key, value in zip(KEYS, values, strict=True) if value != "unset"}
+    for values in itertools.product(VALUES, repeat=4)
+]
+
+
+@pytest.mark.parametrize("keys", [keys for n in range(5) for keys in itertools.combinations(KEYS, n)], ids=str)
+def test_sql_and_python_give_a_queue_the_same_name(queues: QueueRegistry, url: str, keys: tuple[str, ...]) -> None:
+    queues.load(message("ada@[IPv6:::1]", meta=meta) for meta in METAS)
+    data = dict.fromkeys(keys, ":@!'b")
+    ask(queues, data)
+    assert names(url) == [queue_name(meta | data, "[ipv6:::1]") for meta in METAS]
+
+
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_only_a_message_that_moved_is_due_now(queues: QueueRegistry, url: str, event: bool) -> None:
+    queues.load(
+        [message(meta={"tenant": "a"}, due=4e9, num_attempts=3), message(meta={"tenant": "b"}, due=5e9, num_attempts=4)]
+    )
+    first, second = stored(url)
+    start = time.time()
+    with rebind.connected_to(set_data):
+        assert counts(ask(queues, {"tenant": "b"}, trigger_rebind_event=event)) == (2, 1, 1)
+    moved, stayed = stored(url)
+    assert start <= moved["due"] <= time.time()
+    assert moved == first | {"meta": {"tenant": "b"}, "queue": "b@example.com", "due": moved["due"]}
+    assert stayed == second
+
+
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_always_flush_makes_every_matched_message_due_now(queues: QueueRegistry, url: str, event: bool) -> None:
+    queues.load([message(due=4e9), message(due=1.0), message(meta={"tenant": "t"}, due=4e9)])
+    before = stored(url)
+    start = time.time()
+    with rebind.connected_to(set_data):
+        result = ask(queues, {"a": "b"}, tenant=None, always_flush=True, trigger_rebind_event=event)
+    assert counts(result) == (3, 0, 3)
+    assert {start <= row["due"] <= time.time() for row in stored(url)} == {True}
+    assert [row["created"] for row in stored(url)] == [row["created"] for row in before]
+
+
+def test_always_flush_leaves_other_queues_alone(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(due=4e9), message("bob@other.example", due=4e9)])
+    ask(queues, domain="example.com", always_flush=True)
+    assert stored(url)[1]["due"] == 4e9
+
+
+def test_the_queue_null_is_a_name_like_any_other_in_a_rebind(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    assert counts(ask(queues, {"queue": "null"})) == (1, 1, 1)
+    assert queues.queues() == [QueueSummary("null", 1, 1)]
+    assert counts(ask(queues, {"queue": "back"}, domain="null")) == (1, 1, 1)
+    assert names(url) == ["back"]
+
+
+def test_several_recipients_are_named_by_the_first_and_stay(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(["ada@One.example", "é@two.example"]), message(["bob@three.example"])])
+    ask(queues, {"tenant": "t"})
+    assert [(row["recipient"], row["queue"]) for row in stored(url)] == [
+        (["ada@One.example", "é@two.example"], "t@one.example"),
+        ("bob@three.example", "t@three.example"),
+    ]
+    assert [record["recipient"] for record in queues.records()] == [
+        ["ada@One.example", "é@two.example"],
+        "bob@three.example",
+    ]
+
+
+# dry_run and limit
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(zip(FLAGS, v, strict=True)) for v in itertools.product([False, True], repeat=3)], ids=str
+)
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_dry_run_changes_nothing_and_counts_the_same(
+    queues: QueueRegistry, url: str, fields: dict[str, Any], limit: int | None
+) -> None:
+    queues.load([message(meta={"tenant": tenant}) for tenant in "abc"])
+    before = stored(url)
+    with rebind.connected_to(set_data):
+        dry = ask(queues, {"tenant": "b"}, dry_run=True, limit=limit, **fields)
+        assert (stored(url), logged(url)) == (before, [])
+        assert counts(dry) == counts(ask(queues, {"tenant": "b"}, limit=limit, **fields))
+    assert stored(url) != before
+
+
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_a_limit_picks_those_due_soonest_of_all_queues(queues: QueueRegistry, url: str, event: bool) -> None:
+    dues = {"a": [5.0, 1.0], "b": [2.0, 6.0], "c": [4.0, 3.0]}
+    queues.load(message(meta={"tenant": t}, due=due) for t, each in dues.items() for due in each)
+    with rebind.connected_to(set_data):
+        assert counts(ask(queues, {"queue": "q"}, limit=3, trigger_rebind_event=event)) == (3, 3, 3)
+    assert names(url) == ["a@example.com", "q", "q", "b@example.com", "c@example.com", "q"]
+    assert [record["old_queue"] for record in queues.records()] == ["a@example.com", "b@example.com", "c@example.com"]
+
+
+@pytest.mark.parametrize("limit", [3, 4, 10**18 - 1])
+def test_a_limit_of_no_fewer_than_match_picks_all(queues: QueueRegistry, limit: int) -> None:
+    queues.load([message() for _ in range(3)])
+    assert counts(ask(queues, {"queue": "q"}, limit=limit)) == (3, 3, 3)
+
+
+def test_of_messages_due_at_once_a_limit_picks_those_that_came_first(queues: QueueRegistry, url: str) -> None:
+    queues.load([message() for _ in range(3)])
+    ask(queues, {"queue": "q"}, limit=2)
+    assert names(url) == ["q", "q", "example.com"]
+
+
+def test_a_limit_counts_only_messages_that_match(queues: QueueRegistry, url: str) -> None:
+    queues.load([message("ada@other.example", due=1.0), message(due=2.0), message(due=3.0)])
+    assert counts(ask(queues, {"queue": "q"}, domain="example.com", limit=1)) == (1, 1, 1)
+    assert names(url) == ["other.example", "q", "example.com"]
+
+
+# Records
+
+
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_suppress_logging_writes_no_record(queues: QueueRegistry, url: str, event: bool) -> None:
+    queues.load([message(), message()])
+    with rebind.connected_to(set_data):
+        result = ask(queues, {"queue": "q"}, suppress_logging=True, trigger_rebind_event=event)
+    assert (counts(result), names(url), list(queues.records())) == ((2, 2, 2), ["q", "q"], [])
+
+
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_a_record_says_what_became_of_a_message(queues: QueueRegistry, url: str, event: bool) -> None:
+    meta = {"tenant": "t", "reception_protocol": "ESMTP"}
+    new = message(["Ada@Example.com", "bob@other.example"], meta=meta, content=b"\xc3\xa9", num_attempts=2)
+    queues.load([new])
+    request = RebindRequest("réason: %s {}", {"tenant": "u"}, trigger_rebind_event=event)
+    with rebind.connected_to(set_data):
+        result = queues.rebind(request, actor="ada")
+    (created,), (event_time,) = [row["created"] for row in stored(url)], [row["event_time"] for row in logged(url)]
+    assert list(queues.records()) == [
+        {
+            "type": "AdminRebind",
+            "id": new.id,
+            "sender": "news@acme.example",
+            "recipient": ["Ada@Example.com", "bob@other.example"],
+            "queue": "u@example.com",
+            "site": "",
+            "size": 2,
+            "response": {
+                "code": 250,
+                "enhanced_code": None,
+                "content": "Rebound from t@example.com to u@example.com: réason: %s {}",
+                "command": None,
+            },
+            "peer_address": None,
+            "timestamp": int(event_time),
+            "created": int(created),
+            "event_time": datetime.fromtimestamp(event_time, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "created_time": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "num_attempts": 2,
+            "bounce_classification": "Uncategorized",
+            "egress_pool": None,
+            "egress_source": None,
+            "source_address": None,
+            "feedback_report": None,
+            "delivery_protocol": None,
+            "reception_protocol": "ESMTP",
+            "meta": {"tenant": "u", "reception_protocol": "ESMTP"},
+            "headers": {},
+            "nodeid": str(uuid.uuid5(uuid.NAMESPACE_DNS, platform.node())),
+            "rebind_id": result.rebind_id,
+            "old_queue": "t@example.com",
+            "actor": "ada",
+        }
+    ]
+    assert [row["due"] for row in stored(url)] == [event_time]
+
+
+def test_a_rebind_has_an_id_of_its_own(queues: QueueRegistry) -> None:
+    queues.load([message(), message()])
+    first, second = ask(queues), ask(queues)
+    assert uuid.UUID(first.rebind_id) != uuid.UUID(second.rebind_id)
+    assert [record["rebind_id"] for record in queues.records()] == [first.rebind_id] * 2 + [second.rebind_id] * 2
+
+
+def test_a_message_that_stays_is_logged(queues: QueueRegistry) -> None:
+    queues.load([message()])
+    ask(queues)
+    assert [record["response"]["content"] for record in queues.records()] == [
+        "Rebound from example.com to example.com: a test"
+    ]
+
+
+def test_records_stay_when_their_message_goes(queues: QueueRegistry) -> None:
+    new = message()
+    queues.load([new])
+    ask(queues)
+    with queues.database.write() as db:
+        db.execute(store.messages.delete())
+    assert [record["id"] for record in queues.records()] == [new.id]
+
+
+def test_records_come_oldest_first_however_many(queues: QueueRegistry) -> None:
+    new = [message(due=float(-n)) for n in range(2 * BATCH + 1)]
+    queues.load(new)
+    ask(queues)
+    ids = [each.id for each in new]
+    assert [record["id"] for record in queues.records()] == ids
+
+
+@pytest.mark.parametrize("after", [0, 1, BATCH, 2 * BATCH + 1, 2 * BATCH + 2])
+def test_the_first_records_may_be_left_out(queues: QueueRegistry, after: int) -> None:
+    new = [message() for _ in range(2 * BATCH + 1)]
+    queues.load(new)
+    ask(queues)
+    assert [record["id"] for record in queues.records(after=after)] == [each.id for each in new[after:]]
+
+
+def test_records_that_are_followed_come_when_they_are_written(queues: QueueRegistry) -> None:
+    first, second = message(), message()
+    queues.load([first])
+    ask(queues)
+    follow = queues.records(poll=0.001)
+    assert next(follow)["id"] == first.id
+    queues.load([second])
+    ask(queues, limit=1)
+    assert next(follow)["id"] == first.id
+    ask(queues, {"tenant": "t"})
+    assert [next(follow)["id"], next(follow)["id"]] == [first.id, second.id]
+
+
+# load and queues
+
+
+def test_a_message_is_stored_as_it_was_loaded(queues: QueueRegistry, url: str) -> None:
+    new = message("Ada@Example.COM", meta={"tenant": "t", "é": [1]}, content=b"\0\xff", due=1.25, num_attempts=7)
+    start = time.time()
+    assert queues.load([new]) == (1, 0)
+    (row,) = stored(url)
+    assert start <= row["created"] <= time.time()
+    assert row == row | {
+        "id": new.id,
+        "sender": "news@acme.example",
+        "recipient": "Ada@Example.COM",
+        "domain": "example.com",
+        "queue": "t@example.com",
+        "meta": {"tenant": "t", "é": [1]},
+        "size": 2,
+        "due": 1.25,
+        "num_attempts": 7,
+    }
+    assert _contents(queues) == [(new.id, b"\0\xff")]
+
+
+def _contents(queues: QueueRegistry) -> list[tuple[str, bytes]]:
+    with queues.database.read() as db:
+        return [(row.id, row.data) for row in db.execute(select(store.contents))]
+
+
+def test_a_message_without_a_time_is_due_when_it_is_loaded(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(due=None)])
+    (row,) = stored(url)
+    assert row["due"] == row["created"]
+
+
+def test_a_load_discards_messages_for_the_queue_null(queues: QueueRegistry, url: str) -> None:
+    kept = [message(meta={"queue": name}) for name in ("Null", "", "null@example.com", "t@null")]
+    gone = [message(meta={"queue": "null"}) for _ in range(2)]
+    assert queues.load([gone[0], *kept, gone[1]]) == (4, 2)
+    assert [row["id"] for row in stored(url)] == [each.id for each in kept]
+    assert [id for id, _ in _contents(queues)] == [each.id for each in kept]
+
+
+def test_a_load_of_nothing_adds_nothing(queues: QueueRegistry) -> None:
+    assert queues.load([]) == (0, 0)
+    assert queues.load([message(meta={"queue": "null"})]) == (0, 1)
+    assert queues.queues() == []
+
+
+def test_an_id_that_is_there_is_refused_and_nothing_is_added(queues: QueueRegistry, url: str) -> None:
+    new = message()
+    queues.load([new])
+    before = stored(url)
+    with pytest.raises(DuplicateMessage, match=f"^file 7: the message id {new.id} is there already$"):
+        queues.load([*(message() for _ in range(BATCH)), message(id=new.id, source="file 7")])
+    assert stored(url) == before
+
+
+@pytest.mark.parametrize("between", [0, BATCH], ids=["in a batch", "in two batches"])
+def test_an_id_that_comes_twice_is_refused(queues: QueueRegistry, url: str, between: int) -> None:
+    new = message()
+    with pytest.raises(DuplicateMessage, match=new.id):
+        queues.load([new, *(message() for _ in range(between)), new])
+    assert stored(url) == []
+
+
+def test_a_recipient_without_a_domain_is_refused_and_nothing_is_added(queues: QueueRegistry, url: str) -> None:
+    with pytest.raises(ValueError, match="'ada' is no address"):
+        queues.load([*(message() for _ in range(BATCH)), message("ada")])
+    assert stored(url) == []
+
+
+def test_what_is_loaded_that_cannot_be_read_adds_nothing(queues: QueueRegistry, url: str) -> None:
+    def broken() -> Any:
+        yield from (message() for _ in range(BATCH + 1))
+        raise RuntimeError("line 501")
+
+    with pytest.raises(RuntimeError, match="line 501"):
+        queues.load(broken())
+    assert stored(url) == []
+
+
+def test_the_queues_are_summed_up_by_name(queues: QueueRegistry) -> None:
+    queues.load(
+        [message(meta={"queue": name}, due=due) for name in ("b", "É", "B", "", "é") for due in (1.0, 4e9, 2.0)]
+    )
+    assert queues.queues() == [QueueSummary(name, 3, 2) for name in ("", "B", "b", "É", "é")]
+
+
+# Those who use the tables
+
+
+def insert_message(id: str, meta: str, domain: str = "example.com", queue: str = "example.com") -> str:
+    return (
+        "INSERT INTO messages (id, sender, recipient, domain, queue, meta, created, due) VALUES "
+        f"('{id}', 'a@acme.example', 'ada@example.com', '{domain}', '{queue}', '{meta}', 1, 2)"
+    )
+
+
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+@pytest.mark.parametrize("ascii_only", [False, True], ids=["as it is", "escaped"])
+def test_a_message_that_a_sender_inserted_is_rebound(
+    queues: QueueRegistry, url: str, event: bool, ascii_only: bool
+) -> None:
+    meta = {"tenant": 'té\U0001f600"\\', "é\U0001f600": {"ü": ["ö\n"]}, "kept": "ä"}
+    written = json.dumps(meta, ensure_ascii=ascii_only, indent=1)
+    run(url, insert_message("s1", written))
+    with rebind.connected_to(set_data):
+        ask(queues, {"é\U0001f600": "ß", "campaign": "ç"}, trigger_rebind_event=event)
+    (row,) = stored(url)
+    assert row["meta"] == {"tenant": 'té\U0001f600"\\', "é\U0001f600": "ß", "kept": "ä", "campaign": "ç"}
+    assert row["queue"] == 'ç:té\U0001f600"\\@example.com'
+    assert (row["size"], row["num_attempts"], row["created"]) == (0, 0, 1)
+    assert [record["meta"] for record in queues.records()] == [row["meta"]]
+
+
+def test_a_message_is_named_by_the_domain_that_its_sender_gave(queues: QueueRegistry, url: str) -> None:
+    run(url, insert_message("s1", "{}", domain="relay.example:2525"))
+    ask(queues, {"tenant": "t"})
+    assert names(url) == ["t@relay.example:2525"]
+
+
+@pytest.mark.parametrize("meta", ["[]", "null", "1", '"a"', "true", "", "{", '{"a": NaN}'], ids=repr)
+def test_metadata_that_is_no_object_is_refused(queues: QueueRegistry, url: str, meta: str) -> None:
+    with pytest.raises(DBAPIError, match=r"meta_is_object|malformed|json"):
+        run(url, insert_message("s1", meta))
+    assert stored(url) == []
+
+
+def test_a_message_that_is_deleted_takes_its_content_along(queues: QueueRegistry) -> None:
+    kept, gone = message(), message()
+    queues.load([kept, gone])
+    with queues.database.write() as db:
+        db.execute(store.messages.delete().where(store.messages.c.id == gone.id))
+    assert _contents(queues) == [(kept.id, b"Hello")]
+
+
+def test_a_rebind_leaves_contents_alone(queues: QueueRegistry) -> None:
+    queues.load([message(content=b"1"), message(content=b"2")])
+    before = _contents(queues)
+    ask(queues, {"queue": "q"})
+    assert _contents(queues) == before
+
+
+def test_a_failed_rebind_leaves_nothing_behind_that_hinders_the_next(queues: QueueRegistry, url: str) -> None:
+    def fail(message: Message, data: dict[str, str]) -> None:
+        raise RuntimeError("not today")
+
+    queues.load([message()])
+    for dry_run in (True, False, True):
+        with rebind.connected_to(fail), pytest.raises(Exception, match="not today"):
+            ask(queues, {"queue": "q"}, trigger_rebind_event=True, dry_run=dry_run)
+    assert counts(ask(queues, {"queue": "q"}, dry_run=True)) == (1, 1, 1)
+    assert counts(ask(queues, {"queue": "q"})) == (1, 1, 1)
+    assert names(url) == ["q"]
