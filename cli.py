@@ -14,7 +14,8 @@ from flask import Flask
 from marshmallow import ValidationError
 from marshmallow.exceptions import SCHEMA
 
-from queues import DuplicateMessage, NewMessage, QueueName, registry
+from mail import NewMessage
+from queues import DuplicateMessage, QueueName, registry
 from schemas import NotJSON, inspected_messages, parse_json
 from store import StoreRefused, StoreUnavailable, StoreUnusable
 

@@ -12,7 +12,8 @@ from typing import Any
 from sqlalchemy import Connection, case, delete, insert, literal, select, update
 
 from deliverylog import NODEID
-from queues import Message, queue_names, registry
+from mail import Message
+from queues import queue_names, registry
 from store import Recipient, contents, log, messages
 
 

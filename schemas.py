@@ -10,7 +10,8 @@ from typing import Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate, validates_schema
 
-from queues import NewMessage, RebindRequest, check_json, check_text, domain_of, queue_name
+from mail import NewMessage, check_json, check_text, domain_of
+from queues import RebindRequest, queue_name
 from store import MAX_NAME
 
 

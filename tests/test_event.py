@@ -1,0 +1,359 @@
+"""Tests of the `rebind` event: which handlers are called, what they may do, and what comes of their failures."""
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import logged, message, stored
+
+import policy
+from mail import Message
+from queues import BATCH, HandlerFailed, NoHandler, QueueRegistry, RebindRequest, RebindResult, rebind
+
+Handler = Callable[..., object]
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_is_left() -> Iterator[None]:
+    yield
+    sys.modules.pop("rebind_policy", None)
+    for handler in rebind.handlers():
+        rebind.disconnect(handler)
+
+
+def ask(queues: QueueRegistry, /, **data: str) -> RebindResult:
+    """Ask for the event, with `data`."""
+    return queues.rebind(RebindRequest("a test", data, trigger_rebind_event=True), actor="me")
+
+
+def do(statement: str) -> Handler:
+    """A handler that runs `statement`, with `message` and `data`; hold it, as blinker does not."""
+    code = compile(statement, "a handler", "exec")
+
+    def handler(message: Message, data: dict[str, str]) -> None:
+        exec(code, {"message": message, "data": data})
+
+    return handler
+
+
+def test_without_a_handler_the_event_is_refused(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    before = stored(url)
+    with pytest.raises(NoHandler, match="no handler is connected"):
+        ask(queues)
+    assert (stored(url), logged(url)) == (before, [])
+
+
+def test_without_the_event_no_handler_is_called(queues: QueueRegistry) -> None:
+    called: list[str] = []
+    handler = rebind.connect(lambda message, data: called.append(message.id), weak=False)
+    queues.load([message()])
+    queues.rebind(RebindRequest("a test", {}), actor="me")
+    assert called == []
+    assert rebind.handlers() == [handler]
+
+
+def test_handlers_are_called_in_the_order_in_which_they_were_connected(queues: QueueRegistry) -> None:
+    called: list[int] = []
+
+    def numbered(number: int) -> Handler:
+        return lambda message, data: called.append(number)
+
+    handlers = [rebind.connect(numbered(number)) for number in range(30)]
+    queues.load([message()])
+    ask(queues)
+    assert called == list(range(30))
+    assert rebind.handlers() == handlers
+
+
+def test_a_handler_that_is_connected_again_keeps_its_place(queues: QueueRegistry) -> None:
+    first, second = do("pass"), do("pass")
+    for handler in (first, second, first):
+        rebind.connect(handler)
+    assert rebind.handlers() == [first, second]
+
+
+def test_a_handler_that_nothing_holds_vanishes(queues: QueueRegistry) -> None:
+    kept = rebind.connect(do("pass"))
+    rebind.connect(do("1 / 0"))
+    gc.collect()
+    assert rebind.handlers() == [kept]
+    queues.load([message()])
+    assert ask(queues).matched == 1
+
+
+def test_a_handler_that_is_connected_strongly_stays() -> None:
+    rebind.connect(do("pass"), weak=False)
+    gc.collect()
+    assert len(rebind.handlers()) == 1
+
+
+def test_a_handler_gets_the_message_and_the_data(queues: QueueRegistry, url: str) -> None:
+    got: list[Any] = []
+
+    @rebind.connect
+    def handler(message: Message, data: dict[str, str]) -> None:
+        got.extend((message, data))
+
+    new = message(["ada@One.example", "bob@two.example"], meta={"tenant": "t", "n": [1, None]}, num_attempts=3)
+    queues.load([new])
+    ask(queues, key="value")
+    assert got == [
+        Message(
+            sender=new.sender,
+            recipient=["ada@One.example", "bob@two.example"],
+            meta={"tenant": "t", "n": [1, None]},
+            id=new.id,
+            queue="t@one.example",
+            size=5,
+            created=stored(url)[0]["created"],
+            due=1e9,
+            num_attempts=3,
+        ),
+        {"key": "value"},
+    ]
+
+
+def test_a_handler_may_change_meta_and_the_envelope(queues: QueueRegistry, url: str) -> None:
+    handler = rebind.connect(
+        do("message.sender, message.recipient, message.meta = '', ['bob@Two.example', 'cyd@three.example'], {'é': [1]}")
+    )
+    queues.load([message(meta={"tenant": "t"})])
+    (before,) = stored(url)
+    result = ask(queues)
+    (row,) = stored(url)
+    assert row == before | {
+        "sender": "",
+        "recipient": ["bob@Two.example", "cyd@three.example"],
+        "domain": "two.example",
+        "queue": "two.example",
+        "meta": {"é": [1]},
+        "due": row["due"],
+    }
+    assert (result.matched, result.moved, result.flushed) == (1, 1, 1)
+    assert row["due"] > before["due"]
+    assert rebind.handlers() == [handler]
+
+
+def test_handlers_alone_decide_what_becomes_of_data(queues: QueueRegistry, url: str) -> None:
+    handler = rebind.connect(do("pass"))
+    queues.load([message(meta={"tenant": "t"})])
+    before = stored(url)
+    assert ask(queues, tenant="other").moved == 0
+    assert stored(url) == before
+    assert rebind.handlers() == [handler]
+
+
+def test_a_message_that_a_handler_leaves_alone_is_logged(queues: QueueRegistry) -> None:
+    handler = rebind.connect(do("pass"))
+    queues.load([message()])
+    ask(queues)
+    assert [(record["old_queue"], record["queue"]) for record in queues.records()] == [("example.com", "example.com")]
+    assert rebind.handlers() == [handler]
+
+
+def test_what_a_handler_may_only_read_stays(queues: QueueRegistry, url: str) -> None:
+    handler = rebind.connect(
+        do(
+            "message.id, message.queue = 'x', 'x'\n"
+            "message.size, message.created, message.due, message.num_attempts = 9, 9, 9, 9"
+        )
+    )
+    queues.load([message()])
+    before = stored(url)
+    ask(queues)
+    assert stored(url) == before
+    assert rebind.handlers() == [handler]
+
+
+def test_a_handler_sees_what_those_before_it_did(queues: QueueRegistry, url: str) -> None:
+    handlers = [
+        do("message.meta['n'] = 1"),
+        do("message.meta['n'] += 1"),
+        do("message.meta['queue'] = 'q' * message.meta['n']"),
+    ]
+    for handler in handlers:
+        rebind.connect(handler)
+    queues.load([message()])
+    ask(queues)
+    assert [row["queue"] for row in stored(url)] == ["qq"]
+
+
+def test_data_that_a_handler_changes_is_not_seen_by_another_or_with_the_next_message(
+    queues: QueueRegistry, url: str
+) -> None:
+    handlers = [
+        do("message.meta['first'] = dict(data); data.clear(); data['mine'] = '1'"),
+        do("message.meta['second'] = data"),
+    ]
+    for handler in handlers:
+        rebind.connect(handler)
+    queues.load([message(), message()])
+    request = RebindRequest("a test", {"a": "b"}, trigger_rebind_event=True)
+    queues.rebind(request, actor="me")
+    assert [row["meta"] for row in stored(url)] == [{"first": {"a": "b"}, "second": {"a": "b"}}] * 2
+    assert request.data == {"a": "b"}
+
+
+def test_messages_come_in_the_order_of_their_keys(queues: QueueRegistry) -> None:
+    ids: list[str] = []
+    handler = rebind.connect(lambda message, data: ids.append(message.id), weak=False)
+    new = [message(meta={"tenant": str(n % 3)}, due=float(100 - n)) for n in range(20)]
+    queues.load(new)
+    ask(queues)
+    assert ids == [each.id for each in new]
+    assert rebind.handlers() == [handler]
+
+
+def test_a_handler_that_raises_is_named_and_changes_nothing(queues: QueueRegistry, url: str) -> None:
+    new = [message() for _ in range(2 * BATCH + 2)]
+    queues.load(new)
+    before = stored(url)
+    failing = new[-2].id
+
+    def unlucky(message: Message, data: dict[str, str]) -> None:
+        message.meta["queue"] = "elsewhere"
+        if message.id == failing:
+            raise RuntimeError("no luck")
+
+    handlers = [rebind.connect(do("pass")), rebind.connect(unlucky)]
+    with pytest.raises(HandlerFailed) as failure:
+        ask(queues)
+    name = "test_event.test_a_handler_that_raises_is_named_and_changes_nothing.<locals>.unlucky"
+    assert str(failure.value) == f"the handler {name} failed for message {failing}: RuntimeError: no luck"
+    assert (stored(url), logged(url)) == (before, [])
+    rebind.disconnect(handlers[1])
+    assert ask(queues).matched == len(new)
+
+
+class Callee:
+    def __call__(self, message: Message, data: dict[str, str]) -> None:
+        raise RuntimeError("no luck")
+
+    def method(self, message: Message, data: dict[str, str]) -> None:
+        raise RuntimeError("no luck")
+
+
+@pytest.mark.parametrize(
+    "handler", [Callee(), Callee().method, partial(Callee().method)], ids=["an object", "a method", "a partial"]
+)
+def test_a_handler_that_is_no_plain_function_is_named(queues: QueueRegistry, handler: Handler) -> None:
+    rebind.connect(handler, weak=False)
+    new = message()
+    queues.load([new])
+    with pytest.raises(HandlerFailed, match=rf"Callee.* failed for message {new.id}: RuntimeError: no luck"):
+        ask(queues)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "message.meta['a'] = {1, 2}",
+        "message.meta['a'] = (1, 2)",
+        "message.meta['a'] = b'bytes'",
+        "message.meta['a'] = object()",
+        "message.meta['a'] = float('nan')",
+        "message.meta['a'] = [{'b': float('inf')}]",
+        "message.meta['a'] = 'a\\0b'",
+        "message.meta['a\\0'] = 'b'",
+        "message.meta['a'] = 'a\\ud800b'",
+        "message.meta['\\udfff'] = 'b'",
+        "message.meta[1] = 'b'",
+        "message.meta[None] = 'b'",
+        "message.meta['a'] = {1: 'b'}",
+        "message.meta['a'] = message.meta",
+        "message.meta['a'] = 10 ** 5000",
+        "message.meta = None",
+        "message.meta = []",
+        "message.meta = 'a'",
+        "message.meta = [('a', 'b')]",
+        "message.recipient = 'ada'",
+        "message.recipient = 'ada@'",
+        "message.recipient = '@example.com'",
+        "message.recipient = ''",
+        "message.recipient = None",
+        "message.recipient = []",
+        "message.recipient = ['ada@example.com', 'bob']",
+        "message.recipient = ['ada@example.com', None]",
+        "message.recipient = ('ada@example.com',)",
+        "message.recipient = 'ada@exam\\0ple.com'",
+        "message.recipient = 'ada\\ud800@example.com'",
+        "message.sender = None",
+        "message.sender = 1",
+        "message.sender = b'ada@example.com'",
+        "message.sender = 'a\\0b'",
+        "message.sender = 'a\\udc00b'",
+        "del message.sender",
+        "message.id = 'x'\nraise RuntimeError",
+        "raise RecursionError",
+        "raise MemoryError",
+        "message.no_such_field",
+    ],
+)
+def test_a_message_that_cannot_be_kept_is_the_handlers_failure(queues: QueueRegistry, url: str, statement: str) -> None:
+    handlers = [rebind.connect(do("message.meta['queue'] = 'q'")), rebind.connect(do(statement))]
+    handlers.append(rebind.connect(do("raise RuntimeError('this one must not be called')")))
+    new = message()
+    queues.load([new])
+    before = stored(url)
+    with pytest.raises(HandlerFailed, match=f"test_event.do.<locals>.handler failed for message {new.id}") as failure:
+        ask(queues)
+    assert "must not be called" not in str(failure.value)
+    assert (stored(url), logged(url)) == (before, [])
+
+
+def test_a_policy_and_its_handlers_stay(tmp_path: Path) -> None:
+    file = tmp_path / "site.py"
+    file.write_text("from queues import rebind\n\n@rebind.connect\ndef handler(message, data):\n    pass\n")
+    policy.load(str(file))
+    gc.collect()
+    assert [(handler.__module__, handler.__qualname__) for handler in rebind.handlers()] == [
+        ("rebind_policy", "handler")
+    ]
+
+
+def test_a_policy_may_be_named_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site.py").write_text("from queues import rebind\nrebind.connect(print, weak=False)\n")
+    monkeypatch.chdir(tmp_path)
+    policy.load("site.py")
+    assert rebind.handlers() == [print]
+
+
+def test_a_policys_handlers_are_those_that_a_rebind_calls(queues: QueueRegistry, url: str) -> None:
+    policy.load(str(Path(__file__).parent / "site_policy.py"))
+    queues.load([message()])
+    ask(queues, queue="vip", sign="me")
+    (row,) = stored(url)
+    assert (row["queue"], row["meta"]) == ("vip", {"queue": "vip", "signed": {"by": ["policy", "me"], "times": 1}})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "FileNotFoundError: "),
+        ("def handler(message data):\n", "SyntaxError: "),
+        ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("from queues import no_such_name\n", "ImportError: cannot import name 'no_such_name'"),
+        ("raise RuntimeError('not today')\n", "RuntimeError: not today"),
+        ("a = '\0'\n", "SyntaxError: |ValueError: "),
+        ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "SyntaxError: |ValueError: "),
+    ],
+    ids=["missing", "syntax", "import", "from import", "raising", "NUL", "no UTF-8"],
+)
+def test_a_policy_that_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path, text: str | None, reason: str) -> None:
+    file = tmp_path / "site.py"
+    if text is not None:
+        file.write_text(text, encoding="latin-1")
+    with pytest.raises(policy.PolicyError, match=rf"the policy {file} cannot be loaded: (?:{reason})"):
+        policy.load(str(file))
+
+
+@pytest.mark.parametrize("name", ["site.txt", "site", ""])
+def test_a_policy_that_is_no_python_file_is_refused(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    with pytest.raises(policy.PolicyError, match=rf"the policy {file} is no Python file"):
+        policy.load(str(file))

@@ -1,0 +1,207 @@
+"""Tests of the names of queues: how they are built, how they are read back, and which of them a request matches."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mail import domain_of
+from queues import QueueName, RebindRequest, queue_name
+
+settings.register_profile("names", derandomize=True, deadline=None, max_examples=200)
+names = settings.get_profile("names")
+
+# The table of SPEC.md, "The name of a message's queue".
+TABLE = {
+    "camp:ten@example.com": QueueName("camp", "ten", "example.com", None),
+    "camp:ten@example.com!route": QueueName("camp", "ten", "example.com", "route"),
+    "ten@example.com": QueueName(None, "ten", "example.com", None),
+    "ten@example.com!route": QueueName(None, "ten", "example.com", "route"),
+    "camp:@example.com": QueueName("camp", "", "example.com", None),
+    "camp:@example.com!route": QueueName("camp", "", "example.com", "route"),
+    "example.com": QueueName(None, None, "example.com", None),
+    "example.com!route": QueueName(None, None, "example.com", "route"),
+}
+
+# Names that need not come from the table: a pinned one may be anything.
+ODD = {
+    "": QueueName(None, None, "", None),
+    "null": QueueName(None, None, "null", None),
+    "a:b": QueueName(None, None, "a:b", None),
+    "relay.example:2525": QueueName(None, None, "relay.example:2525", None),
+    "camp:ten@relay.example:2525!route": QueueName("camp", "ten", "relay.example:2525", "route"),
+    "ten@example.com!relay.example:2525": QueueName(None, "ten", "example.com", "relay.example:2525"),
+    "[IPv6:2001:db8::1]": QueueName(None, None, "[IPv6:2001:db8::1]", None),
+    "camp:ten@[IPv6:2001:db8::1]": QueueName("camp", "ten", "[IPv6:2001:db8::1]", None),
+    "ten@[192.0.2.1]!route": QueueName(None, "ten", "[192.0.2.1]", "route"),
+    "a:b:c@example.com": QueueName("a", "b:c", "example.com", None),
+    "a@b@example.com": QueueName(None, "a", "b@example.com", None),
+    "a@b:c@example.com": QueueName(None, "a", "b:c@example.com", None),
+    "a!b@example.com": QueueName(None, "a!b", "example.com", None),
+    "a@example.com!b!c": QueueName(None, "a", "example.com", "b!c"),
+    "example.com!a@b": QueueName(None, "example.com!a", "b", None),
+    "@example.com": QueueName(None, "", "example.com", None),
+    ":@example.com": QueueName("", "", "example.com", None),
+    ":ten@example.com": QueueName("", "ten", "example.com", None),
+    "camp:ten@": QueueName("camp", "ten", "", None),
+    "example.com!": QueueName(None, None, "example.com", ""),
+    "!": QueueName(None, None, "", ""),
+    ":@!": QueueName("", "", "", ""),
+    "café:größe@münchen.example!маршрут": QueueName("café", "größe", "münchen.example", "маршрут"),
+    " a : b @ c ! d ": QueueName(" a ", " b ", " c ", " d "),
+    "a\n:b\n@c\n!d\n": QueueName("a\n", "b\n", "c\n", "d\n"),
+}
+
+
+@pytest.mark.parametrize(("name", "parts"), (TABLE | ODD).items(), ids=repr)
+def test_a_name_is_read_as_its_parts(name: str, parts: QueueName) -> None:
+    assert QueueName.parse(name) == parts
+
+
+@pytest.mark.parametrize(("name", "parts"), (TABLE | ODD).items(), ids=repr)
+def test_parts_are_written_as_their_name(name: str, parts: QueueName) -> None:
+    assert str(parts) == name
+
+
+def test_a_campaign_without_a_tenant_reads_back_with_an_empty_one() -> None:
+    assert str(QueueName("camp", None, "example.com", None)) == "camp:@example.com"
+    assert QueueName.parse("camp:@example.com").tenant == ""
+
+
+@names
+@given(st.text())
+def test_every_string_is_a_name_and_is_written_as_it_was_read(name: str) -> None:
+    assert str(QueueName.parse(name)) == name
+
+
+@names
+@given(st.lists(st.sampled_from([":", "@", "!", "a", "é"])).map("".join))
+def test_separators_in_any_order_are_written_as_they_were_read(name: str) -> None:
+    assert str(QueueName.parse(name)) == name
+
+
+part = st.text(st.characters(exclude_characters=":@!"))
+
+
+@names
+@given(st.builds(QueueName, st.none() | part, st.none() | part, part, st.none() | part))
+def test_parts_without_separators_are_read_back_as_they_were_written(parts: QueueName) -> None:
+    tenant = "" if parts.campaign is not None and parts.tenant is None else parts.tenant
+    expected = QueueName(parts.campaign, tenant, parts.domain, parts.routing_domain)
+    assert QueueName.parse(str(parts)) == expected
+
+
+@pytest.mark.parametrize(
+    ("meta", "name"),
+    [
+        ({}, "example.com"),
+        ({"routing_domain": "r"}, "example.com!r"),
+        ({"tenant": "t"}, "t@example.com"),
+        ({"tenant": "t", "routing_domain": "r"}, "t@example.com!r"),
+        ({"campaign": "c"}, "c:@example.com"),
+        ({"campaign": "c", "routing_domain": "r"}, "c:@example.com!r"),
+        ({"campaign": "c", "tenant": "t"}, "c:t@example.com"),
+        ({"campaign": "c", "tenant": "t", "routing_domain": "r"}, "c:t@example.com!r"),
+        ({"queue": "pinned", "campaign": "c", "tenant": "t", "routing_domain": "r"}, "pinned"),
+        ({"queue": "null"}, "null"),
+        ({"queue": ""}, ""),
+        ({"campaign": "", "tenant": "", "routing_domain": ""}, ":@example.com!"),
+        ({"tenant": ""}, "@example.com"),
+        ({"queue": None, "campaign": None, "tenant": None, "routing_domain": None}, "example.com"),
+        ({"queue": 1, "campaign": True, "tenant": ["t"], "routing_domain": {"r": "r"}}, "example.com"),
+        ({"queue": ["pinned"], "campaign": 1.5, "tenant": "t"}, "t@example.com"),
+        ({"tenant": "a:b"}, "a:b@example.com"),
+        ({"Campaign": "c", "domain": "d"}, "example.com"),
+    ],
+    ids=str,
+)
+def test_a_message_is_in_the_queue_that_its_metadata_names(meta: dict[str, Any], name: str) -> None:
+    assert queue_name(meta, "example.com") == name
+
+
+@pytest.mark.parametrize(
+    ("recipient", "domain"),
+    [
+        ("ada@example.com", "example.com"),
+        ("ada@EXAMPLE.Com", "example.com"),
+        ('"ada@home"@example.com', "example.com"),
+        ("ada@[IPv6:2001:DB8::1]", "[ipv6:2001:db8::1]"),
+        ("ada@MÜNCHEN.example", "münchen.example"),
+        (["ada@one.example", "bob@two.example"], "one.example"),
+    ],
+    ids=str,
+)
+def test_the_domain_is_the_first_recipients_in_lower_case(recipient: str | list[str], domain: str) -> None:
+    assert domain_of(recipient) == domain
+
+
+@pytest.mark.parametrize(
+    "recipient",
+    ["", "ada", "ada@", "@example.com", "[ada@example.com", [], ["ada@example.com", "bob"], "a\0@b", "a@\ud800"],
+    ids=ascii,
+)
+def test_a_recipient_that_is_no_address_is_refused(recipient: str | list[str]) -> None:
+    with pytest.raises(ValueError, match=r"is no address|no recipient|must not hold"):
+        domain_of(recipient)
+
+
+@pytest.mark.parametrize(
+    ("criteria", "name"),
+    [
+        ({}, "example.com"),
+        ({}, "camp:ten@example.com!route"),
+        ({}, ""),
+        ({"campaign": "camp"}, "camp:ten@example.com!route"),
+        ({"tenant": "ten"}, "camp:ten@example.com!route"),
+        ({"domain": "example.com"}, "camp:ten@example.com!route"),
+        ({"routing_domain": "route"}, "camp:ten@example.com!route"),
+        (
+            {"campaign": "camp", "tenant": "ten", "domain": "example.com", "routing_domain": "route"},
+            "camp:ten@example.com!route",
+        ),
+        ({"domain": "EXAMPLE.com"}, "example.com"),
+        ({"domain": "example.com"}, "Example.COM"),
+        ({"domain": "MÜNCHEN.example"}, "münchen.example"),
+        ({"routing_domain": "ROUTE"}, "example.com!route"),
+        ({"domain": "relay.example:2525"}, "relay.example:2525"),
+        ({"tenant": ""}, "camp:@example.com"),
+        ({"tenant": ""}, "@example.com"),
+        ({"campaign": ""}, ":ten@example.com"),
+        ({"domain": ""}, "ten@"),
+        ({"domain": "null"}, "null"),
+    ],
+    ids=str,
+)
+def test_a_request_matches_a_name_whose_parts_equal_its_criteria(criteria: dict[str, str], name: str) -> None:
+    assert RebindRequest("r", {}, **criteria).matches(QueueName.parse(name))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("criteria", "name"),
+    [
+        ({"campaign": "Camp"}, "camp:ten@example.com"),
+        ({"tenant": "Ten"}, "camp:ten@example.com"),
+        ({"campaign": "camp"}, "ten@example.com"),
+        ({"campaign": "camp"}, "camp@example.com"),
+        ({"campaign": ""}, "ten@example.com"),
+        ({"tenant": ""}, "example.com"),
+        ({"tenant": ""}, "camp:ten@example.com"),
+        ({"tenant": "ten"}, "ten:@example.com"),
+        ({"domain": "example.com"}, "sub.example.com"),
+        ({"domain": "sub.example.com"}, "example.com"),
+        ({"domain": "example.com"}, "example.com:25"),
+        ({"domain": "example"}, "example.com"),
+        ({"domain": ""}, "example.com"),
+        ({"domain": "%"}, "example.com"),
+        ({"domain": "camp:ten@example.com"}, "camp:ten@example.com"),
+        ({"routing_domain": "route"}, "example.com"),
+        ({"routing_domain": ""}, "example.com"),
+        ({"routing_domain": "example.com"}, "example.com"),
+        ({"campaign": "camp", "tenant": "other"}, "camp:ten@example.com"),
+        ({"domain": "example.com", "routing_domain": "other"}, "example.com!route"),
+    ],
+    ids=str,
+)
+def test_a_request_matches_no_name_of_which_one_part_differs(criteria: dict[str, str], name: str) -> None:
+    assert not RebindRequest("r", {}, **criteria).matches(QueueName.parse(name))  # type: ignore[arg-type]
