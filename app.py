@@ -10,8 +10,10 @@ from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from marshmallow import ValidationError
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound, RequestEntityTooLarge, UnsupportedMediaType
 
+import access
 import cli
 import policy
+from access import actor
 from queues import HandlerFailed, NoHandler, registry
 from schemas import NotJSON, RebindQuerySchema, RebindRequestSchema, parse_json
 from store import StoreConflict, StoreRefused, StoreUnavailable
@@ -28,10 +30,11 @@ admin = Blueprint("admin", __name__)
 def create_app(config: dict[str, Any] | None = None) -> Flask:
     """The service, with its settings from the environment (REBIND_…) or from `config`, which goes before.
 
-    Raises StoreUnusable and policy.PolicyError.
+    Raises StoreUnusable, policy.PolicyError and access.AccessError.
     """
     app = Flask(__name__, static_folder=None)
     app.config.from_mapping(DATABASE_URL=None, BUSY_TIMEOUT=30, POLICY=None)
+    app.config.from_mapping(TRUSTED_HOSTS="127.0.0.0/8,::1", HTPASSWD=None, PROXIES=0)
     app.config.from_prefixed_env("REBIND")
     app.config.from_mapping(config or {})
     app.url_map.merge_slashes = False  # a path with a slash too many is another path, not a redirect
@@ -49,6 +52,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
         policy.load(app.config["POLICY"])
 
     app.register_blueprint(admin)
+    access.init_app(app)
     app.before_request(refuse_doubled_slash)
     app.after_request(log_request)
     app.register_error_handler(HTTPException, http_problem)
@@ -76,11 +80,6 @@ def refuse_doubled_slash() -> None:
     """werkzeug takes every slash at the start of a path for one, which no setting changes."""
     if request.environ["PATH_INFO"].startswith("//"):
         raise NotFound
-
-
-def actor() -> str:
-    """Who asks, for the log and the records."""
-    return request.remote_addr or "unix"
 
 
 class BadQuery(BadRequest):
@@ -162,5 +161,7 @@ def registry_problem(error: Exception) -> Response:
 def log_request(response: Response) -> Response:
     """The diagnostic log's one line per request: who asked, for what, and what came of it."""
     done = " ".join(f"{name}={value}" for name, value in response.headers if name.startswith("Rebind-"))
-    current_app.logger.info("%s %s %r %s %s", actor(), request.method, request.full_path, response.status_code, done)
+    current_app.logger.info(
+        "%s %s %r %s %s", actor(), request.method, request.full_path.rstrip("?"), response.status_code, done
+    )
     return response

@@ -237,7 +237,7 @@ class QueueRegistry:
         actor: who asked, for the records.
         dry_run: say what would be done, and do nothing; the event's handlers are called.
         limit: handle at most so many, those due soonest.
-        Raises NoHandler, HandlerFailed and StoreUnavailable; then nothing was done.
+        Raises NoHandler, HandlerFailed, StoreRefused and StoreUnavailable; then nothing was done.
         """
         if request.trigger_rebind_event and not rebind.handlers():
             raise NoHandler("no handler is connected to the rebind event")
