@@ -1,5 +1,9 @@
 """gunicorn's settings: it finds this file by itself in the folder where it is started."""
 
+import socket
+import struct
+from typing import Any
+
 bind = "127.0.0.1:8000"
 umask = 0o007  # of a unix socket: a proxy is believed about who asks, so that nobody else may connect to it
 
@@ -9,7 +13,7 @@ workers = 2
 worker_class = "gthread"
 threads = 4
 timeout = 30  # seconds
-max_requests = 0  # a worker that ends after so many would end the rebinds that its other threads are at
+max_requests = 0  # no worker is replaced for having served so many, in the middle of what its other threads do
 
 # After SIGTERM a running rebind has so many seconds to finish. Then it is killed, which rolls it back.
 # systemd's TimeoutStopSec must be longer.
@@ -26,3 +30,14 @@ accesslog = "-"
 access_log_format = '%(h)s %({x-forwarded-for}i)s "%(r)s" %(s)s %(B)s %(M)sms "%(a)s"'
 
 control_socket_disable = True  # whoever may open it could stop the service
+forwarder_headers = ""  # or a client on this host could name another path, in a header SCRIPT_NAME or PATH_INFO
+SILENCE = 10  # seconds that a client may be silent within a request; gthread sets no limit, and each holds a thread
+
+
+def when_ready(server: Any) -> None:
+    """Let the kernel end what waits for a client that stalls: a TCP connection has this from its listener.
+
+    One by a unix socket does not; there nginx stands before the service, and sends it whole requests.
+    """
+    for listener in server.LISTENERS:
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENCE, 0))

