@@ -1,0 +1,155 @@
+"""Tests of gunicorn.conf.py: what becomes of a long rebind, and of requests that are too large, in a real gunicorn."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import PATH, Service, logged, start_service, stop_service, stored, until
+from slow import MESSAGES, POLICY, slow_rebind
+
+from queues import QueueRegistry
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SQLite alone: what a database does about a client that is gone is tested elsewhere."""
+    return f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'queues.db'}"
+
+
+Start = Callable[..., Service]
+
+
+@pytest.fixture
+def start(url: str, tmp_path: Path) -> Iterator[Start]:
+    """Start a gunicorn with these arguments, each of whose workers serves; it is stopped after the test."""
+    started = []
+
+    def service(*arguments: str) -> Service:
+        service = start_service(tmp_path, url, "--access-logformat", "%(p)s", *arguments, REBIND_POLICY=POLICY)
+        started.append(service)
+
+        def all_serve() -> bool:
+            requests.get(service.base, timeout=60)
+            pids = workers(service)
+            return len(pids) == 2 and all(f"<{pid}>" in service.output.read_text() for pid in pids)
+
+        until(all_serve)
+        return service
+
+    yield service
+    for each in started:
+        stop_service(each)
+
+
+@pytest.fixture(scope="module")
+def idle(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A gunicorn that no test stops. A socket that it opens by itself would be in the folder `run`."""
+    folder = tmp_path_factory.mktemp("idle")
+    (folder / "run").mkdir()
+    service = start_service(folder, url, XDG_RUNTIME_DIR=str(folder / "run"))
+    yield service
+    stop_service(service)
+
+
+def workers(service: Service) -> set[int]:
+    """The process ids of gunicorn's workers."""
+    pid = service.process.pid
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def ledger(url: str) -> tuple[dict[str, int], int]:
+    """How many messages are in each queue, and how many records there are."""
+    queues = [row["queue"] for row in stored(url)]
+    return {queue: queues.count(queue) for queue in queues}, len(logged(url))
+
+
+DONE = ({"b": MESSAGES}, MESSAGES)
+NOTHING = ({"a": MESSAGES}, 0)
+
+
+def test_a_rebind_may_take_longer_than_the_worker_timeout(
+    start: Start, queues: QueueRegistry, url: str, tmp_path: Path
+) -> None:
+    """The timeout has passed, and is watched, when a worker that hangs since then has been killed."""
+    service = start("--timeout", "2")
+    with slow_rebind(service.rebind, queues, tmp_path) as slow:
+        (hanging,) = workers(service) - {slow.worker}
+        os.kill(hanging, signal.SIGSTOP)
+        until(lambda: hanging not in workers(service))
+        assert slow.worker in workers(service)
+        assert slow.let_go().status_code == 200
+    assert ledger(url) == DONE
+
+
+def test_sigterm_lets_a_running_rebind_finish(start: Start, queues: QueueRegistry, url: str, tmp_path: Path) -> None:
+    service = start()
+    with slow_rebind(service.rebind, queues, tmp_path) as slow:
+        service.process.terminate()
+        until(lambda: workers(service) == {slow.worker})  # the other, which had nothing to do, has obeyed
+        assert slow.let_go().status_code == 200
+    assert service.process.wait(30) == 0
+    assert ledger(url) == DONE
+
+
+def test_a_rebind_that_outlasts_the_graceful_timeout_is_rolled_back(
+    start: Start, queues: QueueRegistry, url: str, tmp_path: Path
+) -> None:
+    service = start("--graceful-timeout", "1")
+    with slow_rebind(service.rebind, queues, tmp_path) as slow:
+        service.process.terminate()
+        with pytest.raises(requests.ConnectionError):
+            slow.answer.result()
+    assert service.process.wait(30) == 0
+    assert ledger(url) == NOTHING
+
+
+def test_the_rebind_of_a_worker_that_is_killed_is_rolled_back_and_another_worker_answers(
+    start: Start, queues: QueueRegistry, url: str, tmp_path: Path
+) -> None:
+    service = start()
+    before = workers(service)
+    with slow_rebind(service.rebind, queues, tmp_path) as slow:
+        os.kill(slow.worker, signal.SIGKILL)
+        with pytest.raises(requests.ConnectionError):
+            slow.answer.result()
+        assert ledger(url) == NOTHING
+        until(lambda: len(workers(service) - before) == 1)
+    assert service.rebind(data={"queue": "b"}).headers["Rebind-Moved"] == str(MESSAGES)
+    assert ledger(url) == DONE
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        pytest.param(f"{PATH}?{'x' * 4094}", {}, 414, id="line"),
+        pytest.param(PATH, {"X": "x" * 4094}, 431, id="header"),
+        pytest.param(PATH, {f"X-{n}": "x" for n in range(50)}, 431, id="number of headers"),
+        pytest.param(PATH, {"Content-Type": "application/json", "X": "x" * 4000}, 200, id="within limits"),
+    ],
+)
+def test_requests_with_large_headers_are_refused(
+    idle: Service, queues: QueueRegistry, path: str, headers: dict[str, str], status: int
+) -> None:
+    body = json.dumps({"reason": "a test", "data": {}})
+    assert requests.post(idle.base + path, body, headers=headers, timeout=60).status_code == status
+
+
+def test_every_request_is_in_the_access_log_and_in_one_line(idle: Service, queues: QueueRegistry) -> None:
+    headers = {"User-Agent": 'it is "me"', "X-Forwarded-For": "192.0.2.1"}
+    requests.get(f"{idle.base}/logged", headers=headers, auth=("a\nb", ""), timeout=60)
+    until(lambda: '192.0.2.1 "GET /logged HTTP/1.1" ' in idle.output.read_text())
+    (line,) = (line for line in idle.output.read_text().splitlines() if '"GET /logged' in line)
+    assert line.startswith("127.0.0.1 192.0.2.1 ")
+    assert line.endswith('ms "it is \\"me\\""')
+
+
+def test_there_is_no_control_socket(idle: Service) -> None:
+    idle.process.send_signal(
+        signal.SIGTTIN
+    )  # one worker more: the master listens to signals, and so to all it listens to
+    until(lambda: len(workers(idle)) == 3)
+    assert list((idle.output.parent / "run").iterdir()) == []
