@@ -153,7 +153,7 @@ def read_hashes(path: str) -> dict[str, bytes]:
     threads share nothing. Raises AccessError, with the reason, and no hash in it.
     """
     try:
-        file = HtpasswdFile(str(path))  # a number would be an open file's
+        file = HtpasswdFile(path)
         hashes: dict[str, Any] = {name: file.get_hash(name) for name in file.users()}
     except (OSError, ValueError) as error:
         raise AccessError(f"the htpasswd file {path} cannot be read: {error}") from error

@@ -16,13 +16,14 @@ import policy
 from access import actor
 from queues import HandlerFailed, NoHandler, registry
 from schemas import NotJSON, RebindQuerySchema, RebindRequestSchema, parse_json
-from store import StoreConflict, StoreRefused, StoreUnavailable
+from store import StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable
 
 MAX_BODY = 1024 * 1024  # bytes
 RETRY_AFTER = 5  # seconds
 
 # What the registry raises, and the status that says so. Everything else is a 500 that says nothing of its cause.
-STATUS = {NoHandler: 409, StoreRefused: 422, HandlerFailed: 500, StoreUnavailable: 503, StoreConflict: 503}
+STATUS = {NoHandler: 409, StoreRefused: 422, HandlerFailed: 500, StoreUnusable: 500}
+STATUS |= {StoreUnavailable: 503, StoreConflict: 503}
 
 admin = Blueprint("admin", __name__)
 

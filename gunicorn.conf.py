@@ -8,7 +8,7 @@ bind = "127.0.0.1:8000"
 umask = 0o007  # of a unix socket: a proxy is believed about who asks, so that nobody else may connect to it
 
 workers = 2
-# Loaded once, before the workers: where it cannot start it says so once, and gunicorn ends. A new policy needs a restart.
+# Loaded once, before the workers: where it cannot start it says so once, and ends. A new policy needs a restart.
 preload_app = True
 # Its threads may take as long as they like: the timeout is for a worker that hangs as a whole, and does not show that
 # it is alive. A `sync` worker would be killed in the middle of a long rebind.

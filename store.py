@@ -259,14 +259,24 @@ class Database:
         with _translated(), self._writing_engine.begin() as db:
             take_turns(db)
             metadata.create_all(db)
+        with _translated(), self._engine.begin() as db:
+            _refuse_damaged(db)
         self._engine.dispose()  # a connection must not be carried into a forked worker
         self._prepared = True
 
     @contextmanager
     def _begin(self, engine: Engine) -> Iterator[Connection]:
         self.prepare()
-        with _translated(), engine.begin() as db:
-            yield db
+        committing = False
+        try:
+            with _translated(), engine.begin() as db:
+                yield db
+                committing = True
+        except StoreUnavailable as error:
+            if not (committing and _is_cut(error)):
+                raise
+            message = "the database's answer to the commit was lost: all of it is done or nothing; it may be sent again"
+            raise StoreUnavailable(message) from error.__cause__
 
 
 def take_turns(db: Connection) -> None:
@@ -282,6 +292,21 @@ def wait_for_writers(db: Connection) -> None:
         running = text("SELECT pg_snapshot_xmin(pg_current_snapshot()) < CAST(:begun AS xid8)")
         while db.scalar(running, {"begun": begun}):
             time.sleep(0.05)
+
+
+def _refuse_damaged(db: Connection) -> None:
+    """Read the messages through, and not only the tables' names: at the start, rather than at the first rebind.
+
+    Their contents and the log, which may be many times as large, are not read. Raises StoreUnusable.
+    """
+    if db.dialect.name == "sqlite":  # PostgreSQL has no file that we could read
+        fault = db.scalar(text("PRAGMA quick_check(messages)"))
+        if fault != "ok":
+            raise StoreUnusable(f"the database is damaged: {' '.join(str(fault).split())}")
+
+
+def _is_cut(error: StoreUnavailable) -> bool:
+    return isinstance(error.__cause__, DBAPIError) and error.__cause__.connection_invalidated
 
 
 @contextmanager

@@ -466,6 +466,14 @@ def test_a_file_without_users_costs_what_one_of_htpasswd_does(
     assert rounds(url, write_users(tmp_path / "htpasswd"), "nobody:wrong", monkeypatch) == 32
 
 
+def test_nobody_is_let_in_by_the_hash_that_stands_for_no_user(
+    url: str, users: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("access.nobodys_hash", lambda cost: hashed("guessed", cost).encode())
+    client = create_app({"DATABASE_URL": url, "HTPASSWD": str(users)}).test_client()
+    assert client.get("/", headers=[basic("nobody:guessed")]).status_code == 401
+
+
 def rounds(url: str, file: Path, credentials: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """How much work it was to refuse these credentials."""
     work = []
