@@ -256,12 +256,14 @@ class Database:
         """
         if self._prepared:
             return
-        with _translated(), self._writing_engine.begin() as db:
-            take_turns(db)
-            metadata.create_all(db)
-        with _translated(), self._engine.begin() as db:
-            _refuse_damaged(db)
-        self._engine.dispose()  # a connection must not be carried into a forked worker
+        try:
+            with _translated(), self._writing_engine.begin() as db:
+                take_turns(db)
+                metadata.create_all(db)
+            with _translated(), self._engine.begin() as db:
+                _refuse_damaged(db)
+        finally:
+            self._engine.dispose()  # a connection must not be carried into a forked worker
         self._prepared = True
 
     @contextmanager

@@ -1,0 +1,704 @@
+"""Faults in the middle of a rebind: killed workers, full disks, locks, clients that go away, damaged files.
+
+After each, `outcome` looks from outside: no message is lost or doubled, and the rebind was done as a whole or not at
+all, its records too; then `works_again` asks for the next rebind.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import pytest
+import requests
+from conftest import PATH, ROOT, Service, launch, logged, look, message, start_service, stop_service, stored, until
+from slow import POLICY
+from sqlalchemy import Engine, event, make_url, select, text
+from sqlalchemy.exc import OperationalError
+
+import store
+from mail import Message
+from queues import BATCH, QueueRegistry, RebindRequest, RebindResult, rebind
+from store import StoreUnavailable
+
+SEED = 11
+MOMENTS = 20  # at each of which a worker is killed
+MESSAGES = 2 * BATCH + 200  # in queue `a`; the event's handlers get them in three batches
+BYSTANDERS = 10  # in another queue, that no rebind of the tests matches
+LONG = "r" * 2000  # a reason that makes the records of a rebind larger than what there is room for
+
+
+@dataclass(frozen=True)
+class Books:
+    """All that a database holds, as anybody may read it."""
+
+    messages: list[dict[str, Any]]
+    contents: dict[str, bytes]
+    records: list[dict[str, Any]]
+
+
+def books(url: str) -> Books:
+    """What is there when no transaction of anybody's is running, and sound as the database itself judges it."""
+    if url.startswith("postgresql"):
+        until(lambda: transactions(url) == 0)
+    with look(url).connect() as db:
+        if url.startswith("sqlite"):
+            assert db.execute(text("PRAGMA integrity_check")).all() == [("ok",)]
+            assert db.execute(text("PRAGMA foreign_key_check")).all() == []
+        contents = {row.id: row.data for row in db.execute(select(store.contents))}
+    return Books(stored(url), contents, logged(url))
+
+
+def transactions(url: str) -> int:
+    """How many transactions run in this PostgreSQL database, but for this one."""
+    running = "datname = current_database() AND backend_type = 'client backend' AND xact_start IS NOT NULL"
+    with look(url).connect() as db:
+        others = text(f"SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND {running}")
+        return int(db.scalar(others) or 0)
+
+
+Outcome = Literal["done", "nothing"]
+
+
+def outcome(before: Books, url: str, to: str = "b") -> Outcome:
+    """What came of a rebind of queue `a`: all of it or nothing, and no message or record too many or too few."""
+    after = books(url)
+    if after == before:
+        return "nothing"
+    assert after.contents == before.contents
+    assert [as_moved(row, to) for row in before.messages] == [row | {"due": None} for row in after.messages]
+    dues = {row["due"] for row in after.messages if row["queue"] == to}
+    assert len(dues) == 1, "all of them are due since the same moment"
+    assert [row for row in after.messages if row["queue"] != to] == [r for r in before.messages if r["queue"] != "a"]
+    assert after.records[: len(before.records)] == before.records
+    new = after.records[len(before.records) :]
+    assert [row["id"] for row in new] == [row["id"] for row in before.messages if row["queue"] == "a"], "one each"
+    assert {(row["type"], row["old_queue"], row["queue"]) for row in new} == {("AdminRebind", "a", to)}
+    assert len({row["rebind_id"] for row in new}) == 1
+    return "done"
+
+
+def as_moved(row: dict[str, Any], to: str) -> dict[str, Any]:
+    change = {"queue": to, "meta": row["meta"] | {"queue": to}} if row["queue"] == "a" else {}
+    return row | change | {"due": None}
+
+
+def works_again(service: Service, url: str) -> None:
+    """Assert that the next request does all it should."""
+    before = books(url)
+    answer = service.rebind(domain="b" if before.messages[0]["queue"] == "b" else "a", data={"queue": "next"})
+    assert (answer.status_code, answer.headers.get("Rebind-Matched")) == (200, str(MESSAGES)), answer.text
+    after = books(url)
+    assert Counter(row["queue"] for row in after.messages) == {"next": MESSAGES, "other": BYSTANDERS}
+    assert len(after.records) == len(before.records) + MESSAGES
+
+
+@pytest.fixture
+def sqlite_only(url: str) -> None:
+    if not url.startswith("sqlite"):
+        pytest.skip("of SQLite alone")
+
+
+@pytest.fixture
+def before(queues: QueueRegistry, url: str) -> Books:
+    """Messages to rebind, and some that are not; the books, before anything goes wrong."""
+    return fill(queues, url)
+
+
+def fill(queues: QueueRegistry, url: str, count: int = MESSAGES) -> Books:
+    new = [message(meta={"queue": "a"}) for _ in range(count)]
+    queues.load(new + [message(meta={"queue": "other"}) for _ in range(BYSTANDERS)])
+    return books(url)
+
+
+@pytest.fixture(scope="module")
+def gunicorn(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One worker, so that it is known which to kill, with the handler of slow_policy.py."""
+    service = start_service(tmp_path_factory.mktemp("faults"), url, "--workers", "1", REBIND_POLICY=POLICY)
+    yield service
+    stop_service(service)
+
+
+def worker(service: Service) -> int:
+    """The process id of gunicorn's one worker, when there is one."""
+    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
+    until(lambda: len(children.read_text().split()) == 1)
+    return int(children.read_text())
+
+
+@contextmanager
+def held(service: Service, folder: Path, before: Books, at: int, **options: Any) -> Iterator[Future[requests.Response]]:
+    """While this lasts, a rebind of queue `a` to `b` by the event waits in its handler, at message number `at`."""
+    data = {"wait_at": before.messages[at]["id"], "folder": str(folder)}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(service.rebind, data=data, domain="a", trigger_rebind_event=True, **options)
+        try:
+            until(lambda: answer.done() or any(folder.glob("[0-9]*")))
+            assert not answer.done(), answer.result().text
+            yield answer
+        finally:
+            (folder / "go").touch()
+
+
+def came(answer: Future[requests.Response]) -> int | None:
+    """The status of the answer, or None where the connection broke instead."""
+    try:
+        return answer.result().status_code
+    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+        return None
+
+
+# Killed
+
+
+@pytest.mark.parametrize("moment", range(0, MOMENTS, 2))
+def test_a_worker_that_is_killed_in_a_handler_leaves_nothing_of_the_rebind(
+    service: Service, before: Books, url: str, tmp_path: Path, moment: int
+) -> None:
+    with held(service, tmp_path, before, at=random.Random(SEED + moment).randrange(MESSAGES)) as answer:
+        os.kill(worker(service), signal.SIGKILL)
+        assert came(answer) is None
+    assert outcome(before, url) == "nothing"
+    works_again(service, url)
+
+
+@pytest.mark.parametrize("moment", range(1, MOMENTS, 2))
+def test_a_worker_that_is_killed_at_any_moment_leaves_all_of_the_rebind_or_nothing(
+    service: Service, queues: QueueRegistry, url: str, moment: int
+) -> None:
+    """The delay is the fault, and waits for nothing: whenever it is over, the worker is killed."""
+    fill(queues, url)
+    begun = time.monotonic()
+    service.rebind(domain="a", data={"queue": "a"}).raise_for_status()
+    delay = random.Random(SEED + moment).uniform(0, 1.1) * (time.monotonic() - begun)
+    victim, before = worker(service), books(url)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(service.rebind, domain="a", data={"queue": "b"})
+        time.sleep(delay)
+        os.kill(victim, signal.SIGKILL)
+        status = came(answer)
+    left = outcome(before, url)
+    assert (status, left) in [(200, "done"), (None, "done"), (None, "nothing")]
+    works_again(service, url)
+
+
+@pytest.mark.parametrize("way", ["data", "event"])
+def test_a_process_that_kills_itself_before_any_statement_or_the_commit_leaves_nothing(
+    queues: QueueRegistry, url: str, way: str
+) -> None:
+    before = fill(queues, url, count=BATCH + 2)
+    command = [sys.executable, "tests/doomed.py", url]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as doomed:
+        assert doomed.stdin
+        assert doomed.stdout
+
+        def killed(point: int | str) -> bool:
+            print(way, point, file=doomed.stdin, flush=True)
+            ended = int(doomed.stdout.readline())  # type: ignore[union-attr]
+            assert ended in (-signal.SIGKILL, 0)
+            return ended == -signal.SIGKILL
+
+        assert killed("commit")
+        assert outcome(before, url) == "nothing"
+        for statement in count():
+            if not killed(statement):
+                break
+            assert outcome(before, url) == "nothing", f"killed before statement {statement}"
+        assert statement > 8, "there were statements to kill it before"
+        assert outcome(before, url) == "done"
+        restore(url)
+        assert killed("after")
+        assert outcome(before, url) == "done"
+        doomed.stdin.close()
+
+
+def restore(url: str) -> None:
+    """Undo a rebind from `a` to `b`, behind the registry's back."""
+    with look(url).begin() as db:
+        db.execute(text("UPDATE messages SET queue = 'a', due = 1e9, meta = '{\"queue\":\"a\"}' WHERE queue = 'b'"))
+        db.execute(text("DELETE FROM log"))
+
+
+# Statements that fail
+
+
+def move(message: Message, data: dict[str, str]) -> None:
+    message.meta["queue"] = data["queue"]
+
+
+def request(way: str) -> RebindRequest:
+    return RebindRequest(LONG, {"queue": "b"}, domain="a", trigger_rebind_event=way == "event")
+
+
+@contextmanager
+def listening(name: str, listener: Callable[..., None]) -> Iterator[None]:
+    """While this lasts, SQLAlchemy calls the listener, whatever the connection."""
+    event.listen(Engine, name, listener)
+    try:
+        yield
+    finally:
+        event.remove(Engine, name, listener)
+
+
+def attempted(queues: QueueRegistry, request: RebindRequest) -> RebindResult | Exception:
+    try:
+        return queues.rebind(request, actor="test")
+    except (StoreUnavailable, MemoryError) as error:
+        return error
+
+
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
+@pytest.mark.parametrize(
+    "error", [OperationalError("", {}, Exception("as it was told")), MemoryError()], ids=["operational", "memory"]
+)
+@pytest.mark.parametrize("way", ["data", "event"])
+def test_whichever_statement_fails_nothing_is_changed_and_the_next_rebind_is_done(
+    queues: QueueRegistry, url: str, way: str, error: Exception, for_good: bool
+) -> None:
+    rebind.connect(move)
+    before = fill(queues, url, count=3)
+    for failing in count():
+        statements = count()
+
+        def fail(*_: Any, failing: int = failing, statements: "count[int]" = statements) -> None:
+            number = next(statements)
+            if number == failing or (for_good and number > failing):
+                raise error
+
+        with listening("before_cursor_execute", fail):
+            result = attempted(queues, request(way))
+        if isinstance(result, RebindResult):
+            break
+        assert isinstance(result, MemoryError if isinstance(error, MemoryError) else StoreUnavailable)
+        assert outcome(before, url) == "nothing", f"statement {failing} failed"
+        assert queues.rebind(request(way), actor="test").moved == 3
+        assert outcome(before, url) == "done"
+        restore(url)
+    assert failing > 8, "there were statements to fail"
+    assert outcome(before, url) == "done"
+
+
+@pytest.mark.parametrize("way", ["data", "event"])
+@pytest.mark.usefixtures("sqlite_only")
+def test_a_database_with_no_page_to_spare_changes_nothing_until_it_has(
+    queues: QueueRegistry, tmp_path: Path, way: str
+) -> None:
+    """SQLITE_FULL, whichever page is the first that there is no room for."""
+    url = f"sqlite:///{tmp_path / 'new.db'}"  # in which no page is free
+    queues.bind(url, busy_timeout=30)
+    rebind.connect(move)
+    before = fill(queues, url, count=60)
+
+    def rebind_within(pages: int) -> RebindResult | Exception:
+        """On a connection of its own: the limit is the connection's, and never less than what is used."""
+        queues.bind(url, busy_timeout=30)
+        with listening("connect", lambda connection, _: connection.execute(f"PRAGMA max_page_count = {pages}")):
+            return attempted(queues, request(way))
+
+    with look(url).connect() as db:
+        used = int(db.scalar(text("PRAGMA page_count")) or 0)
+    fulls = 0
+    for pages in count(used):
+        result = rebind_within(pages)
+        if isinstance(result, RebindResult):
+            break
+        assert str(result) == "the database cannot do this now: database or disk is full"
+        assert outcome(before, url) == "nothing"
+        fulls += 1
+    assert fulls > 0
+    assert outcome(before, url) == "done"
+
+
+# The disk is full
+
+
+@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.usefixtures("sqlite_only")
+def test_where_files_may_not_grow_it_is_503_and_works_again_when_they_may(
+    service: Service, before: Books, url: str, tmp_path: Path, moment: int
+) -> None:
+    """SQLITE_IOERR_WRITE: the worker's limit on the size of a file, which the test sets in the midst of its work."""
+    dice = random.Random(SEED + moment)
+    limit = (dice.randrange(100_000, 2_000_000), resource.RLIM_INFINITY)
+    with held(service, tmp_path, before, at=dice.randrange(MESSAGES), reason=LONG) as answer:
+        unlimited = resource.prlimit(worker(service), resource.RLIMIT_FSIZE, limit)
+        (tmp_path / "go").touch()
+        refused(answer.result(), "the database cannot do this now: disk I/O error")
+        refused(service.rebind(domain="a", data={"queue": "b"}, reason=LONG))
+    assert outcome(before, url) == "nothing"
+    resource.prlimit(worker(service), resource.RLIMIT_FSIZE, unlimited)
+    works_again(service, url)
+
+
+def refused(answer: requests.Response, detail: str = "") -> None:
+    assert answer.status_code == 503, answer.text
+    assert answer.headers["Retry-After"] == "5"
+    assert answer.json()["detail"].startswith(detail or "the database cannot do this now: ")
+
+
+SMALL = 24 * 2**20  # bytes of a disk that can be filled
+
+
+@pytest.fixture
+def small_disk(url: str) -> Iterator[tuple[str, Path]]:
+    """A database of the same kind on a disk of its own, and the folder where the disk is mounted."""
+    with TemporaryDirectory() as temporary:
+        disk = Path(temporary) / "disk"
+        disk.mkdir()
+        Path(temporary).chmod(0o755)  # also for the user that PostgreSQL runs as
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL},mode=777", "rebind-test", str(disk)]
+        if subprocess.run(mount, check=False, capture_output=True).returncode:
+            pytest.skip("a disk of its own can be mounted by root alone")
+        try:
+            if url.startswith("sqlite"):
+                new = f"sqlite:///{disk / 'queues.db'}"
+                yield new, disk
+                look(new).dispose()
+            else:
+                with tablespace(url, disk) as new:
+                    yield new, disk
+        finally:
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@contextmanager
+def tablespace(url: str, disk: Path) -> Iterator[str]:
+    """The URL of a PostgreSQL database whose tables are on the disk."""
+    folder = disk / "tables"
+    folder.mkdir()
+    admin = look(url).execution_options(isolation_level="AUTOCOMMIT")
+    with admin.connect() as db:
+        data = Path(str(db.scalar(text("SHOW data_directory")))).stat()
+        os.chown(folder, data.st_uid, data.st_gid)
+        db.execute(text(f"CREATE TABLESPACE small LOCATION '{folder}'"))
+        db.execute(text("CREATE DATABASE small TABLESPACE small"))
+        yield make_url(url).set(database="small").render_as_string(hide_password=False)
+        db.execute(text("DROP DATABASE small WITH (FORCE)"))
+        db.execute(text("DROP TABLESPACE small"))
+
+
+def test_a_full_disk_is_503_and_works_again_when_there_is_room(
+    small_disk: tuple[str, Path], queues: QueueRegistry, tmp_path: Path
+) -> None:
+    """At one moment after another: between two batches of the event, and with less room each time."""
+    url, disk = small_disk
+    queues.bind(url, busy_timeout=30)
+    before = fill(queues, url)
+    service = start_service(tmp_path, url, "--workers", "1", REBIND_POLICY=POLICY)
+    dice = random.Random(SEED)
+    for room in (300_000, 0):
+        folder = tmp_path / f"{room}"
+        folder.mkdir()
+        with held(service, folder, before, at=dice.randrange(MESSAGES), reason=LONG) as answer:
+            fill_up(disk, room)
+            (folder / "go").touch()
+            refused(answer.result())
+        refused(service.rebind(domain="a", data={"queue": "b"}, reason=LONG))
+        (disk / "filler").unlink()
+        assert outcome(before, url) == "nothing"
+    works_again(service, url)
+    stop_service(service)
+
+
+def fill_up(disk: Path, room: int) -> None:
+    """Use the disk up but for so many bytes."""
+    state = os.statvfs(disk)
+    with (disk / "filler").open("wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, state.f_bavail * state.f_frsize - room)
+
+
+# Locked by another process
+
+
+HOLDER = """
+import sys
+from sqlalchemy import create_engine
+db = create_engine(sys.argv[1]).raw_connection().driver_connection
+for statement in sys.argv[2:]:
+    db.execute(statement)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process(url: str, *statements: str) -> Iterator[None]:
+    """While this lasts, another process holds what it got by these statements; then it is killed."""
+    command = [sys.executable, "-c", HOLDER, url, *statements]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        try:
+            yield
+        finally:
+            holder.kill()
+
+
+LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"}
+
+
+def test_a_database_that_another_process_locks_is_503_and_works_again_when_that_is_gone(
+    before: Books, url: str, tmp_path: Path
+) -> None:
+    service = start_service(tmp_path, url, REBIND_BUSY_TIMEOUT="0.2")
+    with another_process(url, LOCKS[make_url(url).get_backend_name()]):
+        for _ in range(3):
+            refused(service.rebind(domain="a", data={"queue": "b"}))
+    assert outcome(before, url) == "nothing"
+    works_again(service, url)
+    stop_service(service)
+
+
+def test_a_service_that_starts_while_its_database_is_locked_works_when_it_no_longer_is(
+    before: Books, url: str, tmp_path: Path
+) -> None:
+    """Also in both workers at once: neither goes on with a connection that was opened before they were forked."""
+    at_start = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_lock(hashtext('rebind'))"}
+    with another_process(url, at_start[make_url(url).get_backend_name()]):
+        service = start_service(tmp_path, url, REBIND_BUSY_TIMEOUT="0.5")
+        refused(service.rebind(domain="a", data={"queue": "b"}))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: service.rebind("?dry_run=true", domain="a"), range(40)))
+    assert [(each.status_code, each.headers.get("Rebind-Matched")) for each in answers] == [(200, str(MESSAGES))] * 40
+    assert outcome(before, url) == "nothing"
+    works_again(service, url)
+    stop_service(service)
+
+
+# The client goes away
+
+
+def wire(service: Service, body: dict[str, Any]) -> bytes:
+    content = json.dumps({"reason": "a test", "domain": "a"} | body).encode()
+    head = (
+        f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+@contextmanager
+def answered(service: Service) -> Iterator[None]:
+    """At the end, wait until the service has done with one request more, whoever reads the answer."""
+    done = service.output.read_text().count(f"'{PATH}' ")
+    yield
+    until(lambda: service.output.read_text().count(f"'{PATH}' ") == done + 1)
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_a_rebind_whose_client_has_gone_is_finished(
+    service: Service, before: Books, url: str, tmp_path: Path, reset: bool
+) -> None:
+    data = {"wait_at": before.messages[BATCH]["id"], "folder": str(tmp_path)}
+    with answered(service):
+        with socket.create_connection(service.address) as client:
+            client.sendall(wire(service, {"data": data, "trigger_rebind_event": True}))
+            until(lambda: any(tmp_path.glob("[0-9]*")))
+            if reset:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        (tmp_path / "go").touch()
+    assert outcome(before, url) == "done"
+    works_again(service, url)
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_of_a_client_that_goes_in_the_middle_of_its_request_nothing_is_done(
+    service: Service, before: Books, url: str, moment: int
+) -> None:
+    whole = wire(service, {"data": {"queue": "b"}})
+    body = whole.index(b"{")
+    cut = random.Random(SEED + moment).randrange(body, len(whole))
+    with answered(service), socket.create_connection(service.address) as client:
+        client.sendall(whole[:cut])
+    assert outcome(before, url) == "nothing"
+    works_again(service, url)
+
+
+# Two rebinds at once
+
+
+@pytest.fixture(scope="module")
+def two_workers(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    service = start_service(tmp_path_factory.mktemp("two"), url)
+    yield service
+    stop_service(service)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(("a", "b"), ("a", "c")), (("a", "b"), ("b", "a"))], ids=["same queue", "to and fro"]
+)
+def test_two_rebinds_at_once_come_to_the_same_as_one_after_the_other(
+    two_workers: Service, queues: QueueRegistry, url: str, one: tuple[str, str], other: tuple[str, str]
+) -> None:
+    barrier = threading.Barrier(2)
+
+    def ask(pair: tuple[str, str]) -> int:
+        barrier.wait()
+        answer = two_workers.rebind(domain=pair[0], data={"queue": pair[1]}, reason=f"{pair}")
+        assert answer.status_code == 200, answer.text
+        return int(answer.headers["Rebind-Moved"])
+
+    seen = set()
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(8):
+            with look(url).begin() as db:
+                for table in ("messages", "log"):
+                    db.execute(text(f"DELETE FROM {table}"))
+            queues.load(message(meta={"queue": queue}) for queue in "ab" * 300)
+            moved = tuple(pool.map(ask, (one, other)))
+            after = books(url)
+            left = Counter(row["queue"] for row in after.messages)
+            assert Counter(row["reason"] for row in after.records) == Counter(
+                {f"{one}": moved[0], f"{other}": moved[1]}
+            )
+            seen.add((moved, tuple(sorted(left.items()))))
+    assert seen <= {in_turn(one, other), swapped(in_turn(other, one))}
+
+
+Turn = tuple[tuple[int, ...], tuple[tuple[str, int], ...]]
+
+
+def in_turn(first: tuple[str, str], second: tuple[str, str]) -> Turn:
+    """How many each moves, and what is left, when one comes after the other."""
+    left, moved = Counter({"a": 300, "b": 300}), []
+    for source, to in (first, second):
+        moved.append(left[source])
+        left[to] += left.pop(source, 0)
+    return tuple(moved), tuple(sorted((+left).items()))
+
+
+def swapped(turn: Turn) -> Turn:
+    return turn[0][::-1], turn[1]
+
+
+# The connection is lost at the commit
+
+
+class Proxy:
+    """A way to PostgreSQL that, once `losing` is set, cuts the connection at the first commit that comes by it."""
+
+    def __init__(self, url: str, lost: str) -> None:
+        self.losing = threading.Event()
+        self._lost = lost
+        self._server = f"{make_url(url).query['host']}/.s.PGSQL.5432"
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        here = make_url(url).set(host="127.0.0.1", port=self._listener.getsockname()[1], query={})
+        self.url = here.render_as_string(hide_password=False)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, server = self._listener.accept()[0], socket.socket(socket.AF_UNIX)
+                server.connect(self._server)
+                for pair in ((client, server, "request"), (server, client, "answer")):
+                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, to: socket.socket, what: str) -> None:
+        """Until either side ends. Both what asks for a commit and what confirms it hold this word."""
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if what == self._lost and b"COMMIT\0" in data and self.losing.is_set():
+                    self.losing.clear()
+                    break
+                to.sendall(data)
+        for end in (source, to):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(("lost", "left"), [("request", "nothing"), ("answer", "done")])
+def test_where_the_connection_is_lost_at_the_commit_the_answer_says_that_it_may_have_been_done(
+    before: Books, url: str, tmp_path: Path, lost: str, left: Outcome
+) -> None:
+    if not url.startswith("postgresql"):
+        pytest.skip("of PostgreSQL alone: SQLite has no connection to lose")
+    proxy = Proxy(url, lost)
+    service = start_service(tmp_path, proxy.url, "--workers", "1")
+    proxy.losing.set()
+    lost_answer = "the database's answer to the commit was lost: all of it is done or nothing; it may be sent again"
+    refused(service.rebind(domain="a", data={"queue": "b"}), lost_answer)
+    assert outcome(before, url) == left
+    works_again(service, url)
+    stop_service(service)
+    proxy.close()
+
+
+# The file is damaged
+
+
+@pytest.fixture
+def damaged(queues: QueueRegistry, tmp_path: Path) -> Callable[[str], Path]:
+    """Copy a database, with one part of it overwritten."""
+    whole = tmp_path / "whole.db"
+    queues.bind(f"sqlite:///{whole}", busy_timeout=30)
+    queues.load(message(meta={"queue": "a"}) for _ in range(MESSAGES))
+    with closing(sqlite3.connect(whole)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        root = dict(db.execute("SELECT name, rootpage FROM sqlite_master"))
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+
+    def copy(part: str) -> Path:
+        file, content = tmp_path / "damaged.db", whole.read_bytes()
+        if part == "second half":
+            content = content[: len(content) // 2]
+        elif part == "schema":
+            content = content[:100] + b"\xff" * (size - 100) + content[size:]
+        else:
+            start = (root[part] - 1) * size
+            content = content[:start] + b"\xff" * size + content[start + size :]
+        file.write_bytes(content)
+        return file
+
+    return copy
+
+
+@pytest.mark.parametrize("part", ["second half", "schema", "messages", "messages_queue_due"])
+@pytest.mark.usefixtures("sqlite_only")
+def test_a_damaged_database_stops_gunicorn_with_one_line_that_says_so(
+    damaged: Callable[[str], Path], tmp_path: Path, part: str
+) -> None:
+    file = damaged(part)
+    content = file.read_bytes()
+    service = launch(tmp_path, f"sqlite:///{file}")
+    until(service.listens_or_ended)
+    assert service.process.wait(30) != 0
+    (line,) = service.output.read_text().splitlines()
+    assert line.startswith("rebind cannot start: the database is damaged")
+    assert file.read_bytes() == content
+
+
+@pytest.mark.usefixtures("sqlite_only")
+def test_a_damaged_log_is_told_by_the_answer_and_leaves_the_messages_where_they_are(
+    damaged: Callable[[str], Path], tmp_path: Path
+) -> None:
+    url = f"sqlite:///{damaged('log')}"
+    before = stored(url)
+    service = start_service(tmp_path, url)
+    for _ in range(2):
+        answer = service.rebind(data={"queue": "b"})
+        detail = "the database is damaged, or is none: database disk image is malformed"
+        assert (answer.status_code, answer.json()["detail"]) == (500, detail)
+    assert stored(url) == before
+    assert service.rebind(data={"queue": "b"}, suppress_logging=True).headers["Rebind-Moved"] == str(MESSAGES)
+    stop_service(service)
