@@ -136,6 +136,23 @@ def gunicorn(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     stop_service(service)
 
 
+Start = Callable[..., Service]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a gunicorn on the database at a URL, with these arguments and settings; it is stopped after the test."""
+    started = []
+
+    def service(url: str, *arguments: str, **settings: str) -> Service:
+        started.append(start_service(tmp_path, url, *arguments, **settings))
+        return started[-1]
+
+    yield service
+    for each in started:
+        stop_service(each)
+
+
 def worker(service: Service) -> int:
     """The process id of gunicorn's one worker, when there is one."""
     children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
@@ -336,14 +353,15 @@ def test_where_files_may_not_grow_it_is_503_and_works_again_when_they_may(
 ) -> None:
     """SQLITE_IOERR_WRITE: the worker's limit on the size of a file, which the test sets in the midst of its work."""
     dice = random.Random(SEED + moment)
-    limit = (dice.randrange(100_000, 2_000_000), resource.RLIM_INFINITY)
+    limit = dice.randrange(100_000, 2_000_000)  # bytes
     with held(service, tmp_path, before, at=dice.randrange(MESSAGES), reason=LONG) as answer:
-        unlimited = resource.prlimit(worker(service), resource.RLIMIT_FSIZE, limit)
+        before_it = resource.prlimit(worker(service), resource.RLIMIT_FSIZE)
+        resource.prlimit(worker(service), resource.RLIMIT_FSIZE, (limit, before_it[1]))
         (tmp_path / "go").touch()
         refused(answer.result(), "the database cannot do this now: disk I/O error")
         refused(service.rebind(domain="a", data={"queue": "b"}, reason=LONG))
     assert outcome(before, url) == "nothing"
-    resource.prlimit(worker(service), resource.RLIMIT_FSIZE, unlimited)
+    resource.prlimit(worker(service), resource.RLIMIT_FSIZE, before_it)
     works_again(service, url)
 
 
@@ -395,13 +413,13 @@ def tablespace(url: str, disk: Path) -> Iterator[str]:
 
 
 def test_a_full_disk_is_503_and_works_again_when_there_is_room(
-    small_disk: tuple[str, Path], queues: QueueRegistry, tmp_path: Path
+    small_disk: tuple[str, Path], queues: QueueRegistry, start: Start, tmp_path: Path
 ) -> None:
     """At one moment after another: between two batches of the event, and with less room each time."""
     url, disk = small_disk
     queues.bind(url, busy_timeout=30)
     before = fill(queues, url)
-    service = start_service(tmp_path, url, "--workers", "1", REBIND_POLICY=POLICY)
+    service = start(url, "--workers", "1", REBIND_POLICY=POLICY)
     dice = random.Random(SEED)
     for room in (300_000, 0):
         folder = tmp_path / f"{room}"
@@ -414,7 +432,6 @@ def test_a_full_disk_is_503_and_works_again_when_there_is_room(
         (disk / "filler").unlink()
         assert outcome(before, url) == "nothing"
     works_again(service, url)
-    stop_service(service)
 
 
 def fill_up(disk: Path, room: int) -> None:
@@ -455,31 +472,29 @@ LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE messages IN ACCE
 
 
 def test_a_database_that_another_process_locks_is_503_and_works_again_when_that_is_gone(
-    before: Books, url: str, tmp_path: Path
+    before: Books, url: str, start: Start
 ) -> None:
-    service = start_service(tmp_path, url, REBIND_BUSY_TIMEOUT="0.2")
+    service = start(url, REBIND_BUSY_TIMEOUT="0.2")
     with another_process(url, LOCKS[make_url(url).get_backend_name()]):
         for _ in range(3):
             refused(service.rebind(domain="a", data={"queue": "b"}))
     assert outcome(before, url) == "nothing"
     works_again(service, url)
-    stop_service(service)
 
 
 def test_a_service_that_starts_while_its_database_is_locked_works_when_it_no_longer_is(
-    before: Books, url: str, tmp_path: Path
+    before: Books, url: str, start: Start
 ) -> None:
     """Also in both workers at once: neither goes on with a connection that was opened before they were forked."""
     at_start = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_lock(hashtext('rebind'))"}
     with another_process(url, at_start[make_url(url).get_backend_name()]):
-        service = start_service(tmp_path, url, REBIND_BUSY_TIMEOUT="0.5")
+        service = start(url, REBIND_BUSY_TIMEOUT="0.5")
         refused(service.rebind(domain="a", data={"queue": "b"}))
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: service.rebind("?dry_run=true", domain="a"), range(40)))
     assert [(each.status_code, each.headers.get("Rebind-Matched")) for each in answers] == [(200, str(MESSAGES))] * 40
     assert outcome(before, url) == "nothing"
     works_again(service, url)
-    stop_service(service)
 
 
 # The client goes away
@@ -629,18 +644,17 @@ class Proxy:
 
 @pytest.mark.parametrize(("lost", "left"), [("request", "nothing"), ("answer", "done")])
 def test_where_the_connection_is_lost_at_the_commit_the_answer_says_that_it_may_have_been_done(
-    before: Books, url: str, tmp_path: Path, lost: str, left: Outcome
+    before: Books, url: str, start: Start, lost: str, left: Outcome
 ) -> None:
     if not url.startswith("postgresql"):
         pytest.skip("of PostgreSQL alone: SQLite has no connection to lose")
     proxy = Proxy(url, lost)
-    service = start_service(tmp_path, proxy.url, "--workers", "1")
+    service = start(proxy.url, "--workers", "1")
     proxy.losing.set()
     lost_answer = "the database's answer to the commit was lost: all of it is done or nothing; it may be sent again"
     refused(service.rebind(domain="a", data={"queue": "b"}), lost_answer)
     assert outcome(before, url) == left
     works_again(service, url)
-    stop_service(service)
     proxy.close()
 
 
@@ -690,15 +704,14 @@ def test_a_damaged_database_stops_gunicorn_with_one_line_that_says_so(
 
 @pytest.mark.usefixtures("sqlite_only")
 def test_a_damaged_log_is_told_by_the_answer_and_leaves_the_messages_where_they_are(
-    damaged: Callable[[str], Path], tmp_path: Path
+    damaged: Callable[[str], Path], start: Start
 ) -> None:
     url = f"sqlite:///{damaged('log')}"
     before = stored(url)
-    service = start_service(tmp_path, url)
+    service = start(url)
     for _ in range(2):
         answer = service.rebind(data={"queue": "b"})
         detail = "the database is damaged, or is none: database disk image is malformed"
         assert (answer.status_code, answer.json()["detail"]) == (500, detail)
     assert stored(url) == before
     assert service.rebind(data={"queue": "b"}, suppress_logging=True).headers["Rebind-Moved"] == str(MESSAGES)
-    stop_service(service)
