@@ -33,9 +33,12 @@ def claim(count: int, lease: float) -> list[Claim]:
     """
     now = time.time()
     claims: list[Claim] = []
+    with registry.database.read() as db:
+        names = queue_names(db, due=now)
+    if not names:
+        return []
+    random.shuffle(names)  # so that a queue with many messages does not keep the others waiting
     with registry.database.write() as db:
-        names = queue_names(db)
-        random.shuffle(names)  # so that a queue with many messages does not keep the others waiting
         for name in names:
             due = (messages.c.queue == name, messages.c.due <= now)
             first = select(messages).where(*due).order_by(messages.c.due).limit(count - len(claims))
@@ -60,17 +63,20 @@ def bounced(claim: Claim, details: dict[str, Any]) -> bool:
     return _end(claim, "Bounce", details)
 
 
-def postponed(claim: Claim, due: float, details: dict[str, Any]) -> None:
+def postponed(claim: Claim, due: float, details: dict[str, Any], recipient: str | list[str] | None = None) -> None:
     """Make the message due again at `due`, in seconds since 1970, with one attempt more, and log its TransientFailure.
 
-    Of several recipients, those that `claim.recipient` still names are tried again. Where a rebind made the message due
-    in the meantime it stays as the rebind left it: a failure by the old route says nothing of the new one.
+    recipient: who of several recipients has not got it yet; None is all of them.
+    Where a rebind made the message due in the meantime it stays due: a failure by the old route says nothing of the new
+    one. So do recipients that a handler of the rebind changed.
     """
     with registry.database.write() as db:
         still_ours = messages.c.due == claim.due
+        left = recipient or claim.recipient
+        unchanged = messages.c.recipient == literal(claim.recipient, Recipient)
         values = {
             "due": case((still_ours, due), else_=messages.c.due),
-            "recipient": case((still_ours, literal(claim.recipient, Recipient)), else_=messages.c.recipient),
+            "recipient": case((unchanged, literal(left, Recipient)), else_=messages.c.recipient),
             "num_attempts": messages.c.num_attempts + 1,
         }
         if db.execute(update(messages).where(messages.c.key == claim.key).values(values)).rowcount:

@@ -9,6 +9,8 @@ from typing import Any
 # One a host, and the same as long as the host keeps its name.
 NODEID = str(uuid.uuid5(uuid.NAMESPACE_DNS, platform.node()))
 
+LAST_SECOND = 253402300799  # of the year 9999, the last that RFC 3339 can tell
+
 
 def record(row: Any) -> dict[str, Any]:
     """The record of a row of the table `log`."""
@@ -53,4 +55,6 @@ def response(code: int, content: str, command: str | None = None) -> dict[str, A
 
 
 def _rfc3339(seconds: float) -> str:
+    # A sender's error, such as milliseconds, must not keep the rest from being read.
+    seconds = min(max(seconds, 0), LAST_SECOND)
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -30,8 +30,10 @@ from sqlalchemy import (
 from deliverylog import NODEID, record
 from mail import Message, NewMessage, check_json, check_text, domain_of
 from store import (
+    MAX_NAME,
     Database,
     StoreConflict,
+    StoreRefused,
     contents,
     in_queues,
     log,
@@ -315,12 +317,19 @@ class QueueRegistry:
                 time.sleep(poll)
 
 
-def queue_names(db: Connection) -> list[str]:
-    """The name of every queue, at a cost that grows with the number of queues, not of messages (a loose index scan)."""
+def queue_names(db: Connection, due: float | None = None) -> list[str]:
+    """The name of every queue or, with `due` in seconds since 1970, of those with a message that is due then.
+
+    What it costs grows with the number of queues, not of messages (a loose index scan).
+    """
     first = select(func.min(messages.c.queue).label("queue")).cte("names", recursive=True)
     following = select(func.min(messages.c.queue)).where(messages.c.queue > first.c.queue).scalar_subquery()
     names = first.union_all(select(following).where(first.c.queue.is_not(None)))
-    return list(db.scalars(select(names.c.queue).where(names.c.queue.is_not(None))))
+    statement = select(names.c.queue).where(names.c.queue.is_not(None))
+    if due is not None:
+        is_due = select(messages.c.key).where(messages.c.queue == names.c.queue, messages.c.due <= due)
+        statement = statement.where(is_due.exists())
+    return list(db.scalars(statement))
 
 
 def _match(db: Connection, names: list[str], request: RebindRequest, limit: int | None, lock: bool) -> int:
@@ -361,6 +370,8 @@ def _call_handlers(db: Connection, request: RebindRequest, now: float, dry_run: 
         for row in rows:
             message, domain = _decided(row, request.data)
             queue = queue_name(message.meta, domain)
+            if len(queue.encode()) > MAX_NAME:  # the table refuses it too, but not in a dry run
+                raise StoreRefused(f"the name of a queue is longer than {MAX_NAME} bytes")
             moved += queue != row.queue
             due = now if request.always_flush or queue != row.queue else row.due
             values = (message.sender, message.recipient, domain, message.meta, queue, due)
@@ -382,7 +393,7 @@ def _decided(row: Any, data: Mapping[str, str]) -> tuple[Message, str]:
             if not isinstance(message.meta, dict):
                 raise TypeError("meta must be a dict")
             domain = domain_of(message.recipient)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise HandlerFailed(
                 f"the handler {_name_of(handler)} failed for message {row.id}: {type(error).__name__}: {error}"
             ) from error

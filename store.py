@@ -4,6 +4,7 @@ The tables are a public interface (SPEC.md, "Messages come and go"): senders add
 away, in any language, while rebinds run. What a rebind means is not here but in queues.py.
 """
 
+import codecs
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from sqlalchemy import (
     create_engine,
     event,
     func,
+    inspect,
     select,
     text,
 )
@@ -93,6 +95,15 @@ Name = Text().with_variant(Text(collation="C"), "postgresql")  # ordered by its 
 
 metadata = MetaData()
 
+
+def _limit_of_names(column: str) -> list[CheckConstraint]:
+    """The constraint that a queue's name has at most MAX_NAME bytes, as each engine says it."""
+    return [
+        CheckConstraint(f"length(CAST({column} AS BLOB)) <= {MAX_NAME}", name="queue_length").ddl_if(dialect="sqlite"),
+        CheckConstraint(f"octet_length({column}) <= {MAX_NAME}", name="queue_length").ddl_if(dialect="postgresql"),
+    ]
+
+
 messages = Table(
     "messages",
     metadata,
@@ -109,8 +120,7 @@ messages = Table(
     Column("num_attempts", Integer, nullable=False, server_default="0"),
     CheckConstraint("json_valid(meta) AND json_type(meta) = 'object'", name="meta_is_object").ddl_if(dialect="sqlite"),
     CheckConstraint("jsonb_typeof(meta) = 'object'", name="meta_is_object").ddl_if(dialect="postgresql"),
-    CheckConstraint(f"length(CAST(queue AS BLOB)) <= {MAX_NAME}", name="queue_length").ddl_if(dialect="sqlite"),
-    CheckConstraint(f"octet_length(queue) <= {MAX_NAME}", name="queue_length").ddl_if(dialect="postgresql"),
+    *_limit_of_names("queue"),
     Index("messages_queue_due", "queue", "due"),
 )
 
@@ -162,6 +172,7 @@ matched = Table(
     Column("key", Key, primary_key=True, autoincrement=False),
     Column("queue", Name, nullable=False),
     Column("new_queue", Name, nullable=False),
+    *_limit_of_names("new_queue"),
     prefixes=["TEMPORARY"],
 )
 
@@ -257,9 +268,12 @@ class Database:
         if self._prepared:
             return
         try:
-            with _translated(), self._writing_engine.begin() as db:
-                take_turns(db)
-                metadata.create_all(db)
+            with _translated(), self._engine.begin() as db:
+                missing = not all(inspect(db).has_table(name) for name in metadata.tables)
+            if missing:
+                with _translated(), self._writing_engine.begin() as db:
+                    take_turns(db)
+                    metadata.create_all(db)
             with _translated(), self._engine.begin() as db:
                 _refuse_damaged(db)
         finally:
@@ -365,8 +379,7 @@ def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
     connection.execute(f"PRAGMA busy_timeout = {busy_timeout * 1000:.0f}")
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
     connection.execute("PRAGMA foreign_keys = ON")
-    # Text that is no UTF-8, as a sender can write it by JSON's escapes, must not keep everybody from reading the rest.
-    connection.text_factory = partial(str, encoding="utf-8", errors="replace")
+    connection.text_factory = partial(str, encoding="utf-8", errors="rebind.lenient")
     # Two processes that turn a new file to WAL at the same moment do not wait for one another by themselves.
     deadline = time.monotonic() + busy_timeout
     while True:
@@ -377,6 +390,20 @@ def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
+
+
+def _lenient(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Text that is no UTF-8 must not keep everybody from reading the rest.
+
+    Half a character, as a sender can write it by JSON's escapes, is kept, so that its queue is found by its name.
+    """
+    try:
+        return codecs.lookup_error("surrogatepass")(error)
+    except UnicodeError:
+        return codecs.replace_errors(error)
+
+
+codecs.register_error("rebind.lenient", _lenient)
 
 
 def _begin_in_sqlite(db: Connection) -> None:

@@ -13,6 +13,7 @@ import os
 import smtplib
 import sys
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from delivery import Claim, bounced, claim, delivered, postponed
 from deliverylog import response
 from queues import QueueName, registry
 
-LEASE = 300  # seconds that a message is ours: longer than one attempt may take
+LEASE = 900  # seconds that a message is ours: longer than one attempt may take
 TIMEOUT = 60  # seconds for each step of an SMTP conversation
 FIRST_RETRY = 60  # seconds after a first failed attempt; doubled at each further one
 LAST_RETRY = 4 * 3600  # seconds, the longest wait
@@ -40,7 +41,7 @@ def main() -> None:
     default = Path(__file__).parent.parent / "instance" / "queues.db"
     registry.bind(os.environ.get("REBIND_DATABASE_URL", f"sqlite:///{default}"), busy_timeout=30)
     while True:
-        claims = claim(count=10, lease=LEASE)
+        claims = claim(count=1, lease=LEASE)
         for message in claims:
             attempt(message, routes)
         if not claims and options.once:
@@ -57,30 +58,39 @@ def attempt(message: Claim, routes: dict[str, str]) -> None:
     recipients = message.recipient if isinstance(message.recipient, list) else [message.recipient]
     details: dict[str, Any] = {"site": site, "peer_address": {"name": host, "addr": host}, "delivery_protocol": "ESMTP"}
     try:
-        with smtplib.SMTP(host, int(port or 25), timeout=TIMEOUT) as smtp:
+        with closing(smtplib.SMTP(host, int(port or 25), timeout=TIMEOUT)) as smtp:
             refused = smtp.sendmail(message.sender, recipients, message.content)
+            with suppress(OSError, smtplib.SMTPException):
+                smtp.quit()  # whatever the answer is: the message was taken
     except smtplib.SMTPRecipientsRefused as error:
-        failed(message, details, *max(error.recipients.values()))
+        some_refused(message, details, error.recipients)
     except smtplib.SMTPResponseException as error:
         failed(message, details, error.smtp_code, error.smtp_error)
     except (OSError, smtplib.SMTPException, ValueError) as error:
         failed(message, details, 451, f"4.4.1 {type(error).__name__}: {error}")
     else:
-        if refused:  # some of several recipients: the others have the message, and must not get it again
-            message.recipient = list(refused)
-            failed(message, details, *max(refused.values()))
+        if refused:
+            some_refused(message, details, refused)
         else:
             delivered(message, details | {"response": response(250, "OK")})
 
 
-def failed(message: Claim, details: dict[str, Any], code: int, answer: bytes | str) -> None:
+def some_refused(message: Claim, details: dict[str, Any], refused: dict[str, tuple[int, bytes]]) -> None:
+    """Try again later for those recipients who were refused for now; the others have the message, or never will."""
+    for_now = {address: answer for address, answer in refused.items() if answer[0] < 500} or refused
+    failed(message, details, *max(for_now.values()), recipient=list(for_now))
+
+
+def failed(
+    message: Claim, details: dict[str, Any], code: int, answer: bytes | str, recipient: list[str] | None = None
+) -> None:
     """Try again later, or bounce: by the peer's code (RFC 5321, section 4.2.1), and when it was tried often enough."""
     content = answer.decode(errors="replace") if isinstance(answer, bytes) else answer
     details |= {"response": response(code, content)}
     if code >= 500 or message.num_attempts + 1 >= ATTEMPTS:
         bounced(message, details)
     else:
-        postponed(message, time.time() + min(FIRST_RETRY * 2**message.num_attempts, LAST_RETRY), details)
+        postponed(message, time.time() + min(FIRST_RETRY * 2**message.num_attempts, LAST_RETRY), details, recipient)
 
 
 if __name__ == "__main__":

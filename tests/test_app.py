@@ -383,8 +383,11 @@ def test_a_handler_that_fails_late_undoes_what_was_done_before(
 
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
-def test_a_name_too_long_for_a_queue_is_refused_and_not_to_be_sent_again(service: Service, event: bool) -> None:
-    response = service.rebind(data={"queue": "é" * (MAX_NAME // 2) + "x"}, trigger_rebind_event=event)
+@pytest.mark.parametrize("query", ["", "?dry_run=true"])
+def test_a_name_too_long_for_a_queue_is_refused_and_not_to_be_sent_again(
+    service: Service, event: bool, query: str
+) -> None:
+    response = service.rebind(query, data={"queue": "é" * (MAX_NAME // 2) + "x"}, trigger_rebind_event=event)
     assert is_problem(response, 422, f"the name of a queue is longer than {MAX_NAME} bytes")
     assert "Retry-After" not in response.headers
 

@@ -19,8 +19,9 @@ from queues import QueueRegistry, RebindRequest
 class Sink:
     """An SMTP server that takes every message, or answers every recipient with `refusal`."""
 
-    def __init__(self, refusal: str = "") -> None:
+    def __init__(self, refusal: str = "", quit: str = "221 Bye") -> None:
         self.refusal = refusal
+        self.quit = quit
         self.envelopes: list[Envelope] = []
         port = free_port()
         self.address = f"127.0.0.1:{port}"
@@ -28,10 +29,15 @@ class Sink:
         self.controller.start()
 
     async def handle_RCPT(self, _server: SMTP, _session: Session, envelope: Envelope, address: str, *_: Any) -> str:
+        if address.startswith("bad"):
+            return "550 5.1.1 no such user"
         if self.refusal and not address.startswith("good"):
             return self.refusal
         envelope.rcpt_tos.append(address)
         return "250 OK"
+
+    async def handle_QUIT(self, _server: SMTP, _session: Session, _envelope: Envelope) -> str:
+        return self.quit
 
     async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:
         self.envelopes.append(envelope)
@@ -42,8 +48,8 @@ class Sink:
 def sink() -> Iterator[Callable[..., Sink]]:
     sinks: list[Sink] = []
 
-    def start(refusal: str = "") -> Sink:
-        sinks.append(Sink(refusal))
+    def start(refusal: str = "", **answers: str) -> Sink:
+        sinks.append(Sink(refusal, **answers))
         return sinks[-1]
 
     yield start
@@ -116,7 +122,7 @@ def test_a_permanent_refusal_bounces(queues: QueueRegistry, url: str, sink: Call
 def test_recipients_that_were_refused_for_now_are_tried_again_without_the_others(
     queues: QueueRegistry, url: str, sink: Callable[..., Sink]
 ) -> None:
-    queues.load([message(["good@example.com", "ada@example.com"])])
+    queues.load([message(["good@example.com", "ada@example.com", "bad@example.com"])])
     some = sink("451 4.2.2 mailbox full")
     deliver(url, **{"example.com": some.address})
     assert [envelope.rcpt_tos for envelope in some.envelopes] == [["good@example.com"]]
@@ -141,6 +147,23 @@ def test_a_failure_by_the_old_route_leaves_a_message_due_that_was_rebound_meanwh
     (rebound,) = stored(url)
     postponed(claimed, 4e9, {"response": response(451, "later")})
     assert stored(url) == [rebound | {"num_attempts": 1}]
+
+
+def test_who_has_a_message_does_not_get_it_again_after_a_rebind(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(["good@example.com", "ada@example.com"])])
+    (claimed,) = claim(1, lease=60)
+    queues.rebind(RebindRequest("r", {"queue": "other"}), actor="me")
+    postponed(claimed, 4e9, {"response": response(451, "later")}, recipient=["ada@example.com"])
+    assert [(row["queue"], row["recipient"]) for row in stored(url)] == [("other", "ada@example.com")]
+
+
+def test_a_message_that_was_taken_is_delivered_whatever_the_answer_to_quit_is(
+    queues: QueueRegistry, url: str, sink: Callable[..., Sink]
+) -> None:
+    queues.load([message()])
+    rude = sink(quit="421 4.3.2 go away")
+    deliver(url, **{"example.com": rude.address})
+    assert (types(queues), len(rude.envelopes)) == (["Delivery"], 1)
 
 
 def test_a_message_is_taken_away_once(queues: QueueRegistry, url: str) -> None:

@@ -291,6 +291,7 @@ def test_a_handler_that_is_no_plain_function_is_named(queues: QueueRegistry, han
         "message.id = 'x'\nraise RuntimeError",
         "raise RecursionError",
         "raise MemoryError",
+        "raise SystemExit",
         "message.no_such_field",
     ],
 )

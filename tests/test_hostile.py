@@ -359,7 +359,7 @@ def exchange(service: Service, raw: bytes) -> list[int]:
     """Send bytes as they stand, and say that nothing more will come. Returns the statuses of the answers."""
     with socket.create_connection(service.address, timeout=60) as connection:
         # It may be closed before all is sent.
-        with suppress(ConnectionError):
+        with suppress(OSError):
             connection.sendall(raw)
             connection.shutdown(socket.SHUT_WR)
         return [int(status) for status in re.findall(rb"^HTTP/1\.\d (\d+) ", received(connection), re.MULTILINE)]

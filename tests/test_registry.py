@@ -624,7 +624,8 @@ def test_a_sender_that_writes_half_a_character_does_not_keep_others_from_being_r
         run(url, insert_message("half", r'{"campaign": "\ud800"}'))
     for tenant in ("a", "b"):
         ask(queues, {"tenant": tenant})
-    assert [summary.queue for summary in queues.queues() if "\ufffd" not in summary.queue] == ["b@example.com"]
+    named = {summary.queue: summary.messages for summary in queues.queues()}
+    assert named in ({"b@example.com": 1}, {"b@example.com": 1, "\ud800:b@example.com": 1})
 
 
 def test_a_rebind_leaves_contents_alone(queues: QueueRegistry) -> None:
