@@ -15,7 +15,8 @@ from marshmallow import ValidationError
 from marshmallow.exceptions import SCHEMA
 
 from mail import NewMessage
-from queues import DuplicateMessage, QueueName, registry
+from names import QueueName
+from queues import DuplicateMessage, registry
 from schemas import NotJSON, inspected_messages, parse_json
 from store import StoreRefused, StoreUnavailable, StoreUnusable
 

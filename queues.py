@@ -6,114 +6,46 @@ keeps nothing in memory: every process and host that is bound to the same databa
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Self
+from typing import Any
 
 from blinker import ANY, Signal
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Text,
-    bindparam,
-    case,
-    func,
-    insert,
-    literal,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, case, func, insert, literal, select
 
+from bulk import (
+    Matching,
+    Values,
+    change,
+    change_each,
+    count,
+    index_aside,
+    log_marked,
+    mark,
+    marked,
+    matching,
+)
 from deliverylog import NODEID, record
 from mail import Message, NewMessage, check_json, check_text, domain_of
+from names import PARTS, QueueName, new_name, queue_name
 from store import (
     MAX_NAME,
+    TOO_LONG,
     Database,
     StoreConflict,
     StoreRefused,
     contents,
-    in_queues,
     log,
-    matched,
     merge,
     messages,
-    meta_text,
     take_turns,
     wait_for_writers,
 )
 
 BATCH = 500  # messages or records that are in memory at once
 ATTEMPTS = 3  # at a rebind, where another transaction that locks the same messages in another order is in the way
-
-
-@dataclass(frozen=True)
-class QueueName:
-    """The parts of a scheduled queue's name; None is a part that is not there.
-
-    SPEC.md, "The name of a message's queue".
-    """
-
-    campaign: str | None
-    tenant: str | None
-    domain: str
-    routing_domain: str | None
-
-    @classmethod
-    def parse(cls, name: str) -> Self:
-        """Read a name, whatever made it: every string is one."""
-        before, at, after = name.partition("@")
-        if not at:
-            before, after = "", name
-        campaign, colon, tenant = before.partition(":")
-        domain, bang, routing_domain = after.partition("!")
-        return cls(
-            campaign=campaign if colon else None,
-            tenant=tenant if colon else before if at else None,
-            domain=domain,
-            routing_domain=routing_domain if bang else None,
-        )
-
-    def __str__(self) -> str:
-        name = self.domain
-        if self.campaign is not None:
-            name = f"{self.campaign}:{self.tenant or ''}@{name}"
-        elif self.tenant is not None:
-            name = f"{self.tenant}@{name}"
-        return name if self.routing_domain is None else f"{name}!{self.routing_domain}"
-
-
-def queue_name(meta: Mapping[str, Any], domain: str) -> str:
-    """The name of the queue of a message with this metadata and recipient's domain.
-
-    A value that is no string counts as not set; an empty string is set. `_new_name` says the same in SQL.
-    """
-
-    def part(key: str) -> str | None:
-        value = meta.get(key)
-        return value if isinstance(value, str) else None
-
-    pinned = part("queue")
-    if pinned is not None:
-        return pinned
-    return str(QueueName(part("campaign"), part("tenant"), domain, part("routing_domain")))
-
-
-def _new_name(data: Mapping[str, str]) -> ColumnElement[str]:
-    """`queue_name` in SQL, of each message with `data` set over its metadata."""
-
-    def part(key: str) -> ColumnElement[str]:
-        return literal(data[key], Text) if key in data else meta_text(messages.c.meta, literal(key, Text))
-
-    if "queue" in data:
-        return part("queue")
-    campaign, tenant, routing_domain = part("campaign"), part("tenant"), part("routing_domain")
-    # What is joined to a NULL is NULL: the first of these that is not names those who send.
-    before = func.coalesce(campaign + ":" + func.coalesce(tenant, "") + "@", tenant + "@", "")
-    built = before + messages.c.domain + func.coalesce("!" + routing_domain, "")
-    return func.coalesce(part("queue"), built, type_=Text)
 
 
 @dataclass(frozen=True)
@@ -249,24 +181,18 @@ class QueueRegistry:
         return self._rebind(request, actor, dry_run, limit)
 
     def _rebind(self, request: RebindRequest, actor: str, dry_run: bool, limit: int | None) -> RebindResult:
-        """One transaction, which does it or does nothing."""
-        rebind_id, count, moved = str(uuid.uuid4()), 0, 0
-        with self.database.read() if dry_run else self.database.write() as db:
-            if not dry_run:
+        """One transaction that does it or does nothing. What matches nothing, or is a dry run, waits for nobody."""
+        rebind_id, matched, moved = str(uuid.uuid4()), 0, 0
+        with self.database.read() as db:
+            names = matching_queues(db, request)
+            if names and dry_run:
+                matched, moved = _rehearse(db, request, matching(db, names, limit))
+        if names and not dry_run:
+            with self.database.write() as db:
                 take_turns(db)
-            now = time.time()
-            names = [name for name in queue_names(db) if request.matches(QueueName.parse(name))]
-            if names:
-                matched.create(db)
-                count = _match(db, names, request, limit, lock=not dry_run)
-                if request.trigger_rebind_event:
-                    moved = _call_handlers(db, request, now, dry_run)
-                else:
-                    moved = _set_data(db, request, now, dry_run)
-                if not (dry_run or request.suppress_logging):
-                    _log_rebind(db, request, now, rebind_id, actor)
-                matched.drop(db)
-        return RebindResult(rebind_id, count, moved, count if request.always_flush else moved)
+                if names := matching_queues(db, request):
+                    matched, moved = _change(db, request, matching(db, names, limit), rebind_id, actor)
+        return RebindResult(rebind_id, matched, moved, matched if request.always_flush else moved)
 
     def load(self, new: Iterable[NewMessage]) -> tuple[int, int]:
         """Add messages, all or none of them. Returns how many were added and how many, for queue `null`, discarded.
@@ -332,87 +258,97 @@ def queue_names(db: Connection, due: float | None = None) -> list[str]:
     return list(db.scalars(statement))
 
 
-def _match(db: Connection, names: list[str], request: RebindRequest, limit: int | None, lock: bool) -> int:
-    """Decide once which messages are handled, and lock them; with the name that `data` gives each. Returns how many."""
-    new_name = messages.c.queue if request.trigger_rebind_event else _new_name(request.data)
-    found = select(messages.c.key, messages.c.queue, new_name.label("new_queue")).where(in_queues(db, names))
-    if limit is None:
-        # In the order of keys, but not by their index: that would read every message to find those of a few queues.
-        found = found.order_by(messages.c.key + 0)
-    else:
-        found = found.order_by(messages.c.due, messages.c.key).limit(limit)
-    if lock:
-        found = found.with_for_update(key_share=True, of=messages)
-    db.execute(insert(matched).from_select(["key", "queue", "new_queue"], found))
-    db.execute(text("ANALYZE matched"))  # or the planner, which knows nothing of it, may start from all the messages
-    return db.scalar(select(func.count()).select_from(matched)) or 0
+def matching_queues(db: Connection, request: RebindRequest) -> list[str]:
+    """The names of the queues that match."""
+    return [name for name in queue_names(db) if request.matches(QueueName.parse(name))]
 
 
-def _set_data(db: Connection, request: RebindRequest, now: float, dry_run: bool) -> int:
-    """Set `data` over each matched message's metadata, and name its queue anew. Returns how many moved."""
-    changed = matched.c.queue != matched.c.new_queue
-    if not dry_run:
-        due = literal(now) if request.always_flush else case((changed, now), else_=messages.c.due)
-        meta = merge(messages.c.meta, literal(request.data, messages.c.meta.type))
-        change = update(messages).values(meta=meta, queue=matched.c.new_queue, due=due)
-        db.execute(change.where(messages.c.key == matched.c.key))
-    return db.scalar(select(func.count()).select_from(matched).where(changed)) or 0
+def _rehearse(db: Connection, request: RebindRequest, found: Matching) -> tuple[int, int]:
+    """How many messages would be handled, and how many would move."""
+    if not request.trigger_rebind_event:
+        return count(db, found, new_name(request.data))
+    with mark(db, found, messages.c.queue, lock=False) as matched:
+        return matched, _call_handlers(db, request, now=None)
 
 
-def _call_handlers(db: Connection, request: RebindRequest, now: float, dry_run: bool) -> int:
-    """Let the event's handlers decide what becomes of each matched message. Returns how many moved."""
-    moved = 0
-    statement = select(messages).join(matched, messages.c.key == matched.c.key).order_by(matched.c.key)
-    fields = ("sender", "recipient", "domain", "meta", "queue", "due")
-    change = update(messages).where(messages.c.key == bindparam("_key")).values({f: bindparam("_" + f) for f in fields})
-    for rows in db.execute(statement, execution_options={"yield_per": BATCH}).partitions():
+def _change(db: Connection, request: RebindRequest, found: Matching, rebind_id: str, actor: str) -> tuple[int, int]:
+    """Handle the messages, and write an AdminRebind record of each. Returns how many there were, and how many moved."""
+    now = time.time()
+    record = {"type": "AdminRebind", "event_time": now, "nodeid": NODEID}
+    record |= {"rebind_id": rebind_id, "reason": request.reason, "actor": actor}
+    to_write = None if request.suppress_logging else record
+    if not request.trigger_rebind_event:
+        return _set_data(db, request, found, now, to_write)
+    with mark(db, found, messages.c.queue) as matched:
+        with index_aside(db, found.are_most):
+            moved = _call_handlers(db, request, now)
+        if to_write:
+            log_marked(db, to_write)
+    return matched, moved
+
+
+def _set_data(
+    db: Connection, request: RebindRequest, found: Matching, now: float, record: Values | None
+) -> tuple[int, int]:
+    """Set `data` over each message's metadata, and name its queue anew. Returns how many there were, and moved."""
+
+    def values(new_queue: ColumnElement[str]) -> Values:
+        due = literal(now) if request.always_flush else case((messages.c.queue != new_queue, now), else_=messages.c.due)
+        meta = {"meta": merge(messages.c.meta, literal(request.data, messages.c.meta.type))} if request.data else {}
+        return {"queue": new_queue, "due": due} | meta
+
+    stays = not request.always_flush and not request.data.keys() & PARTS
+    return change(db, found, new_name(request.data), values, record, stays)
+
+
+def _call_handlers(db: Connection, request: RebindRequest, now: float | None) -> int:
+    """Let the event's handlers decide what becomes of each marked message. Returns how many moved.
+
+    now: what it is, in seconds since 1970; None changes nothing.
+    """
+    moved, handlers = 0, rebind.handlers()
+    fields = [messages.c[name] for name in Message.__slots__]
+    each = select(*fields, messages.c.domain, marked.c.key).join(marked, messages.c.key == marked.c.key)
+    stream = db.execute(each.order_by(marked.c.key), execution_options={"yield_per": BATCH})
+    for rows in stream.partitions():
         changes = []
         for row in rows:
-            message, domain = _decided(row, request.data)
+            message = Message(*row[:-2])
+            domain = _decide(message, row.domain, handlers, request.data)
             queue = queue_name(message.meta, domain)
             if len(queue.encode()) > MAX_NAME:  # the table refuses it too, but not in a dry run
-                raise StoreRefused(f"the name of a queue is longer than {MAX_NAME} bytes")
-            moved += queue != row.queue
-            due = now if request.always_flush or queue != row.queue else row.due
-            values = (message.sender, message.recipient, domain, message.meta, queue, due)
-            changes.append({"_key": row.key} | {"_" + f: value for f, value in zip(fields, values, strict=True)})
-        if not dry_run:
-            db.execute(change, changes)
+                raise StoreRefused(TOO_LONG)
+            moves = queue != row.queue
+            moved += moves
+            due = now if request.always_flush or moves else row.due
+            changes.append((row.key, message.sender, message.recipient, domain, message.meta, queue, due))
+        if now is not None:
+            change_each(db, changes)
     return moved
 
 
-def _decided(row: Any, data: Mapping[str, str]) -> tuple[Message, str]:
-    """The message of `row` after each handler, and its domain. Raises HandlerFailed."""
-    message = Message(**{name: getattr(row, name) for name in Message.__slots__})
-    domain = row.domain
-    for handler in rebind.handlers():
+def _decide(message: Message, domain: str, handlers: Sequence[Callable[..., object]], data: Mapping[str, str]) -> str:
+    """Let the handlers change the message; gives its recipient's domain. Raises HandlerFailed."""
+    id, recipient = message.id, message.recipient
+    for handler in handlers:
         try:
             handler(message, data=dict(data))
             check_text(message.sender)
             check_json(message.meta)
             if not isinstance(message.meta, dict):
                 raise TypeError("meta must be a dict")
-            domain = domain_of(message.recipient)
+            if message.recipient is not recipient or isinstance(recipient, list):
+                domain = domain_of(message.recipient)
         except (Exception, SystemExit) as error:
             raise HandlerFailed(
-                f"the handler {_name_of(handler)} failed for message {row.id}: {type(error).__name__}: {error}"
+                f"the handler {_name_of(handler)} failed for message {id}: {type(error).__name__}: {error}"
             ) from error
-    return message, domain
+    return domain
 
 
 def _name_of(handler: Callable[..., object]) -> str:
     # Not every callable has a name: a functools.partial has none.
     return f"{handler.__module__}.{handler.__qualname__}" if hasattr(handler, "__qualname__") else repr(handler)
-
-
-def _log_rebind(db: Connection, request: RebindRequest, now: float, rebind_id: str, actor: str) -> None:
-    """Write an AdminRebind record of each matched message, as it is now."""
-    of_message = {c.name: messages.c[c.name] for c in log.c if c.name in messages.c and c.name != "key"}
-    of_rebind = {"type": "AdminRebind", "event_time": now, "nodeid": NODEID}
-    of_rebind |= {"rebind_id": rebind_id, "reason": request.reason, "actor": actor}
-    columns = of_message | {"old_queue": matched.c.queue} | {k: literal(v, log.c[k].type) for k, v in of_rebind.items()}
-    records = select(*columns.values()).join_from(matched, messages, messages.c.key == matched.c.key)
-    db.execute(insert(log).from_select(list(columns), records.order_by(matched.c.key)))
 
 
 def _row(new: NewMessage) -> dict[str, Any]:

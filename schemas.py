@@ -11,7 +11,8 @@ from typing import Any
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate, validates_schema
 
 from mail import NewMessage, check_json, check_text, domain_of
-from queues import RebindRequest, queue_name
+from names import queue_name
+from queues import RebindRequest
 from store import MAX_NAME
 
 

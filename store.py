@@ -32,10 +32,12 @@ from sqlalchemy import (
     Table,
     Text,
     bindparam,
+    column,
     create_engine,
     event,
     func,
     inspect,
+    literal_column,
     select,
     text,
 )
@@ -48,6 +50,11 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 MAX_NAME = 2000  # bytes of a queue's name: what an index of PostgreSQL takes, with room to spare
+TOO_LONG = f"the name of a queue is longer than {MAX_NAME} bytes"
+
+# PostgreSQL writes a changed row anew, beside the old one: where its page has room for that, a rebind takes three
+# quarters of the time (docs/performance.md).
+ROOM = {"fillfactor": 50}
 
 MAX_WAIT = 2_000_000  # seconds, in milliseconds within what both engines count
 
@@ -81,12 +88,17 @@ class Recipient(TypeDecorator[Any]):
     cache_ok = True
 
     def process_bind_param(self, value: str | list[str] | None, dialect: Any) -> str | None:
-        if not isinstance(value, list):
-            return value
-        return value[0] if len(value) == 1 else json.dumps(value, ensure_ascii=False)
+        return recipient_text(value) if isinstance(value, list) else value
 
     def process_result_value(self, value: str | None, dialect: Any) -> str | list[str] | None:
         return json.loads(value) if value is not None and value.startswith("[") else value
+
+
+def recipient_text(value: str | list[str]) -> str:
+    """What stands in the column `recipient`."""
+    if isinstance(value, str):
+        return value
+    return value[0] if len(value) == 1 else json.dumps(value, ensure_ascii=False)
 
 
 Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
@@ -96,19 +108,33 @@ Name = Text().with_variant(Text(collation="C"), "postgresql")  # ordered by its 
 metadata = MetaData()
 
 
-def _limit_of_names(column: str) -> list[CheckConstraint]:
-    """The constraint that a queue's name has at most MAX_NAME bytes, as each engine says it."""
-    return [
-        CheckConstraint(f"length(CAST({column} AS BLOB)) <= {MAX_NAME}", name="queue_length").ddl_if(dialect="sqlite"),
-        CheckConstraint(f"octet_length({column}) <= {MAX_NAME}", name="queue_length").ddl_if(dialect="postgresql"),
-    ]
+class octets(FunctionElement[int]):
+    """`octets(text)`: how many bytes it has in UTF-8."""
+
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(octets, "sqlite")
+def _octets_in_sqlite(element: octets, compiler: Any, **kw: Any) -> str:
+    return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
+
+
+@compiles(octets, "postgresql")
+def _octets_in_postgresql(element: octets, compiler: Any, **kw: Any) -> str:
+    return f"octet_length({compiler.process(element.clauses, **kw)})"
+
+
+def limit_of_names(name: str) -> CheckConstraint:
+    """The constraint that the name of a queue, in this column, has at most MAX_NAME bytes."""
+    return CheckConstraint(octets(column(name)) <= literal_column(str(MAX_NAME)), name="queue_length")
 
 
 messages = Table(
     "messages",
     metadata,
     Column("key", Key, Identity(), primary_key=True),
-    Column("id", Text, nullable=False, unique=True),
+    Column("id", Text, nullable=False),
     Column("sender", Text, nullable=False),
     Column("recipient", Recipient, nullable=False),
     Column("domain", Text, nullable=False),
@@ -118,11 +144,14 @@ messages = Table(
     Column("created", Double, nullable=False),
     Column("due", Double, nullable=False),
     Column("num_attempts", Integer, nullable=False, server_default="0"),
-    CheckConstraint("json_valid(meta) AND json_type(meta) = 'object'", name="meta_is_object").ddl_if(dialect="sqlite"),
+    CheckConstraint("json_type(meta) = 'object'", name="meta_is_object").ddl_if(dialect="sqlite"),
     CheckConstraint("jsonb_typeof(meta) = 'object'", name="meta_is_object").ddl_if(dialect="postgresql"),
-    *_limit_of_names("queue"),
-    Index("messages_queue_due", "queue", "due"),
+    limit_of_names("queue"),
+    Index("messages_id", "id", unique=True, postgresql_with=ROOM),
+    postgresql_with=ROOM,
 )
+
+messages_queue_due = Index("messages_queue_due", messages.c.queue, messages.c.due)
 
 contents = Table(
     "contents",
@@ -163,17 +192,6 @@ log = Table(
     # of a delivery attempt's record alone: the fields that it has beside those of every record
     Column("details", Document),
     sqlite_autoincrement=True,  # a key is never used again, so that a reader who holds one misses nothing
-)
-
-# The messages that a rebind handles, for the length of its transaction: what they are is decided once, when it starts.
-matched = Table(
-    "matched",
-    MetaData(),
-    Column("key", Key, primary_key=True, autoincrement=False),
-    Column("queue", Name, nullable=False),
-    Column("new_queue", Name, nullable=False),
-    *_limit_of_names("new_queue"),
-    prefixes=["TEMPORARY"],
 )
 
 
@@ -217,11 +235,11 @@ def _meta_text_in_postgresql(element: meta_text, compiler: Any, **kw: Any) -> st
     return f"CASE jsonb_typeof({meta} -> {key}) WHEN 'string' THEN {meta} ->> {key} END"
 
 
-def in_queues(db: Connection, names: Sequence[str]) -> ColumnElement[bool]:
-    """Whether a message is in one of the queues `names`, however many: they travel as one parameter."""
+def in_queues(db: Connection, queue: ColumnElement[str], names: Sequence[str]) -> ColumnElement[bool]:
+    """Whether `queue` is one of the queues `names`, however many: they travel as one parameter."""
     if db.dialect.name == "sqlite":
-        return messages.c.queue.in_(select(func.json_each(json.dumps(names)).table_valued("value").c.value))
-    return messages.c.queue == func.any(bindparam("queues", names, ARRAY(Text)))
+        return queue.in_(select(func.json_each(json.dumps(names)).table_valued("value").c.value))
+    return queue == func.any(bindparam("queues", names, ARRAY(Text)))
 
 
 class Database:
@@ -334,7 +352,7 @@ def _translated() -> Iterator[None]:
         raise StoreUnavailable(f"no database connection was free: {error}") from error
     except IntegrityError as error:
         if "queue_length" in str(error.orig):
-            raise StoreRefused(f"the name of a queue is longer than {MAX_NAME} bytes") from error
+            raise StoreRefused(TOO_LONG) from error
         raise StoreRefused(f"the tables do not allow it: {str(error.orig).splitlines()[0]}") from error
     except (OperationalError, InterfaceError) as error:
         if isinstance(error.orig, (DeadlockDetected, SerializationFailure)):
@@ -377,6 +395,8 @@ def _compact(value: Any) -> str:
 def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself: _begin_in_sqlite does
     connection.execute(f"PRAGMA busy_timeout = {busy_timeout * 1000:.0f}")
+    connection.execute("PRAGMA page_size = 16384")  # of a new file; docs/performance.md says why, also of the next
+    connection.execute("PRAGMA cache_size = -32768")  # KiB
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
     connection.execute("PRAGMA foreign_keys = ON")
     connection.text_factory = partial(str, encoding="utf-8", errors="rebind.lenient")

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from delivery import Claim, bounced, claim, delivered, postponed
 from deliverylog import response
-from queues import QueueName, registry
+from names import QueueName
+from queues import registry
 
 LEASE = 900  # seconds that a message is ours: longer than one attempt may take
 TIMEOUT = 60  # seconds for each step of an SMTP conversation

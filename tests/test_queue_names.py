@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mail import domain_of
-from queues import QueueName, RebindRequest, queue_name
+from names import QueueName, queue_name
+from queues import RebindRequest
 
 settings.register_profile("names", derandomize=True, deadline=None, max_examples=200)
 names = settings.get_profile("names")

@@ -1,0 +1,220 @@
+"""How a rebind reads and changes many messages at once, by the shortest way that each database has.
+
+What it does to them is said in queues.py; what the ways cost, and which others were tried, in docs/performance.md.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Integer,
+    MetaData,
+    Select,
+    Table,
+    bindparam,
+    column,
+    func,
+    insert,
+    literal,
+    select,
+    text,
+    update,
+)
+
+from store import (
+    MAX_NAME,
+    TOO_LONG,
+    Key,
+    Name,
+    StoreRefused,
+    in_queues,
+    limit_of_names,
+    log,
+    messages,
+    messages_queue_due,
+    octets,
+    recipient_text,
+)
+
+Values = Mapping[str, Any]
+"""What to set or write, by column."""
+
+OF_MESSAGE = [column.name for column in log.c if column.name in messages.c and column.name != "key"]
+OF_REBIND = ["type", "event_time", "nodeid", "rebind_id", "reason", "actor"]  # with the old queue, a record's others
+EACH = ("key", "sender", "recipient", "domain", "meta", "queue", "due")  # what the event's handlers decide upon
+
+# The messages that a rebind handles, for the length of its transaction: what they are is decided once, when it starts.
+marked = Table(
+    "marked",
+    MetaData(),
+    Column("key", Key, primary_key=True, autoincrement=False),
+    Column("queue", Name, nullable=False),
+    Column("new_queue", Name, nullable=False),
+    limit_of_names("new_queue"),
+    prefixes=["TEMPORARY"],
+)
+
+# What the triggers of `_change_in_sqlite` know of the rebind, and how many messages they saw move.
+rebinding = Table(
+    "rebinding",
+    MetaData(),
+    Column("moved", Integer, nullable=False),
+    *(Column(name, log.c[name].type) for name in OF_REBIND),
+    prefixes=["TEMPORARY"],
+)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The messages in some queues or, with a limit, so many of them, those due soonest."""
+
+    where: ColumnElement[bool]
+    limit: int | None
+    are_most: bool
+    """Whether they are most of all messages, in SQLite, whose planner would not know. PostgreSQL's does."""
+
+    def select(self, *columns: ColumnElement[Any]) -> Select[Any]:
+        """These columns of each."""
+        found = select(*columns).where(self.where)
+        return found if self.limit is None else found.order_by(messages.c.due, messages.c.key).limit(self.limit)
+
+
+def matching(db: Connection, names: Sequence[str], limit: int | None) -> Matching:
+    """The messages in the queues `names`, or at most `limit` of them."""
+    where = in_queues(db, messages.c.queue, names)
+    if db.dialect.name == "postgresql":
+        return Matching(where, limit, are_most=False)
+    found = db.scalar(select(func.count()).where(where)) or 0
+    ends = select(func.min(messages.c.key)).scalar_subquery(), select(func.max(messages.c.key)).scalar_subquery()
+    span = db.scalar(select(ends[1] - ends[0])) or 0
+    are_most = 2 * min(found, limit or found) > span
+    if are_most and limit is None:
+        where = in_queues(db, messages.c.queue + "", names)  # not by the index, which leads all over the table
+    return Matching(where, limit, are_most)
+
+
+def count(db: Connection, found: Matching, new_queue: ColumnElement[str]) -> tuple[int, int]:
+    """How many messages there are, and how many of them are in another queue than `new_queue`.
+
+    Raises StoreRefused where that is too long.
+    """
+    each = found.select(messages.c.queue, new_queue.label("new_queue")).subquery()
+    moving, longest = func.count().filter(each.c.queue != each.c.new_queue), func.max(octets(each.c.new_queue))
+    row = db.execute(select(func.count().label("matched"), moving.label("moved"), longest.label("longest"))).one()
+    if row.longest is not None and row.longest > MAX_NAME:
+        raise StoreRefused(TOO_LONG)
+    return row.matched, row.moved
+
+
+def change(
+    db: Connection,
+    found: Matching,
+    new_queue: ColumnElement[str],
+    values: Callable[[ColumnElement[str]], Values],
+    record: Values | None,
+    stays: bool,
+) -> tuple[int, int]:
+    """Set in each message the values that its new queue makes, and write a record of each, if there is one to write.
+
+    stays: whether a message keeps its `due`, and its queue unless that was wrong before.
+    Returns how many messages there were, and how many moved.
+    """
+    if db.dialect.name == "sqlite":
+        if stays and count(db, found, new_queue)[1] == 0:
+            # To set `queue` and `due` to what they are would cost as much as another value.
+            return _change_in_sqlite(db, found, {"meta": values(new_queue).get("meta", messages.c.meta)}, record)
+        return _change_in_sqlite(db, found, values(new_queue), record)
+    with mark(db, found, new_queue) as matched:
+        db.execute(update(messages).where(messages.c.key == marked.c.key).values(values(marked.c.new_queue)))
+        if record:
+            log_marked(db, record)
+        return matched, db.scalar(select(func.count()).where(marked.c.queue != marked.c.new_queue)) or 0
+
+
+def _change_in_sqlite(db: Connection, found: Matching, values: Values, record: Values | None) -> tuple[int, int]:
+    """In one pass, in the order in which the messages are stored, with triggers that count and write the records."""
+    where = found.where
+    if found.limit is not None or not found.are_most:
+        where = messages.c.key.in_(found.select(messages.c.key))
+    with _triggers(db, record), index_aside(db, found.are_most and "queue" in values):
+        changed: CursorResult[Any] = db.execute(update(messages).where(where).values(values))
+        return changed.rowcount, db.scalar(select(rebinding.c.moved)) or 0
+
+
+@contextmanager
+def _triggers(db: Connection, record: Values | None) -> Iterator[None]:
+    """Count the messages that move and, if there is one to write, write a record of each that is changed."""
+    rebinding.create(db)
+    db.execute(insert(rebinding).values(moved=0, **(record or {})))
+    db.execute(
+        text(
+            "CREATE TEMPORARY TRIGGER count_moved AFTER UPDATE OF queue ON main.messages WHEN new.queue <> old.queue "
+            "BEGIN UPDATE rebinding SET moved = moved + 1; END"
+        )
+    )
+    if record:
+        columns = ", ".join([*OF_MESSAGE, "old_queue", *OF_REBIND])
+        values = ", ".join([*("new." + name for name in OF_MESSAGE), "old.queue", *OF_REBIND])
+        insertion = f"INSERT INTO log ({columns}) SELECT {values} FROM rebinding"  # noqa: S608
+        db.execute(text(f"CREATE TEMPORARY TRIGGER write_record AFTER UPDATE ON main.messages BEGIN {insertion}; END"))
+    yield
+    db.execute(text("DROP TRIGGER count_moved"))
+    db.execute(text("DROP TRIGGER IF EXISTS write_record"))
+    rebinding.drop(db)
+
+
+@contextmanager
+def index_aside(db: Connection, aside: bool) -> Iterator[None]:
+    """Build the index of the queues anew, rather than change most of its entries one by one, all over it.
+
+    Everybody else sees it as it was, until the transaction ends, and then as it is.
+    """
+    if aside:
+        messages_queue_due.drop(db)
+    yield
+    if aside:
+        messages_queue_due.create(db)
+
+
+@contextmanager
+def mark(db: Connection, found: Matching, new_queue: ColumnElement[str], lock: bool = True) -> Iterator[int]:
+    """Write the messages down in `marked`, with what will be their new queue, and lock them. Gives their number."""
+    marked.create(db)
+    # In the order of keys, but not by their index: that would read every message to find those of a few queues.
+    each = found.select(messages.c.key, messages.c.queue, new_queue).order_by(messages.c.key + 0)
+    if lock:
+        each = each.with_for_update(key_share=True, of=messages)
+    db.execute(insert(marked).from_select(["key", "queue", "new_queue"], each))
+    db.execute(text("ANALYZE marked"))  # or the planner, which knows nothing of it, may start from all the messages
+    yield db.scalar(select(func.count()).select_from(marked)) or 0
+    marked.drop(db)
+
+
+def change_each(db: Connection, changes: Sequence[tuple[Any, ...]]) -> None:
+    """Set in each message, by its key, the columns of EACH; `changes` has their values."""
+    if db.dialect.name == "sqlite":
+        to_set: dict[str, Any] = {name: bindparam("_" + name) for name in EACH[1:]}
+        statement = update(messages).where(messages.c.key == bindparam("_key")).values(to_set)
+        db.execute(statement, [dict(zip(["_" + name for name in EACH], change, strict=True)) for change in changes])
+        return
+    rows = [dict(zip(EACH, change, strict=True)) for change in changes]
+    for row in rows:
+        row["recipient"] = recipient_text(row["recipient"])
+    records = func.json_to_recordset(literal(rows, JSON)).table_valued(*(column(n, messages.c[n].type) for n in EACH))
+    new = records.render_derived(with_types=True)
+    db.execute(update(messages).where(messages.c.key == new.c.key).values({name: new.c[name] for name in EACH[1:]}))
+
+
+def log_marked(db: Connection, record: Values) -> None:
+    """Write a record of each message in `marked`, as the message is now."""
+    columns: dict[str, ColumnElement[Any]] = {name: messages.c[name] for name in OF_MESSAGE}
+    columns |= {"old_queue": marked.c.queue} | {name: literal(record[name], log.c[name].type) for name in OF_REBIND}
+    records = select(*columns.values()).join_from(marked, messages, messages.c.key == marked.c.key)
+    db.execute(insert(log).from_select(list(columns), records.order_by(marked.c.key)))
