@@ -14,11 +14,11 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     CursorResult,
-    Integer,
     MetaData,
     Select,
     Table,
-    bindparam,
+    Text,
+    cast,
     column,
     func,
     insert,
@@ -40,7 +40,6 @@ from store import (
     messages,
     messages_queue_due,
     octets,
-    recipient_text,
 )
 
 Values = Mapping[str, Any]
@@ -48,7 +47,7 @@ Values = Mapping[str, Any]
 
 OF_MESSAGE = [column.name for column in log.c if column.name in messages.c and column.name != "key"]
 OF_REBIND = ["type", "event_time", "nodeid", "rebind_id", "reason", "actor"]  # with the old queue, a record's others
-EACH = ("key", "sender", "recipient", "domain", "meta", "queue", "due")  # what the event's handlers decide upon
+EACH = ("sender", "recipient", "domain", "meta", "queue", "due", "key")  # what the event's handlers decide upon
 
 # The messages that a rebind handles, for the length of its transaction: what they are is decided once, when it starts.
 marked = Table(
@@ -61,13 +60,9 @@ marked = Table(
     prefixes=["TEMPORARY"],
 )
 
-# What the triggers of `_change_in_sqlite` know of the rebind, and how many messages they saw move.
+# What a trigger of SQLite's knows of the rebind.
 rebinding = Table(
-    "rebinding",
-    MetaData(),
-    Column("moved", Integer, nullable=False),
-    *(Column(name, log.c[name].type) for name in OF_REBIND),
-    prefixes=["TEMPORARY"],
+    "rebinding", MetaData(), *(Column(name, log.c[name].type) for name in OF_REBIND), prefixes=["TEMPORARY"]
 )
 
 
@@ -133,40 +128,49 @@ def change(
         return _change_in_sqlite(db, found, values(new_queue), record)
     with mark(db, found, new_queue) as matched:
         db.execute(update(messages).where(messages.c.key == marked.c.key).values(values(marked.c.new_queue)))
-        if record:
-            log_marked(db, record)
+        record_marked(db, record)
         return matched, db.scalar(select(func.count()).where(marked.c.queue != marked.c.new_queue)) or 0
 
 
 def _change_in_sqlite(db: Connection, found: Matching, values: Values, record: Values | None) -> tuple[int, int]:
-    """In one pass, in the order in which the messages are stored, with triggers that count and write the records."""
+    """In one pass, in the order in which the messages are stored."""
     where = found.where
     if found.limit is not None or not found.are_most:
         where = messages.c.key.in_(found.select(messages.c.key))
-    with _triggers(db, record), index_aside(db, found.are_most and "queue" in values):
+    with _recorded(db, record), _counted(db) as moved, index_aside(db, found.are_most and "queue" in values):
         changed: CursorResult[Any] = db.execute(update(messages).where(where).values(values))
-        return changed.rowcount, db.scalar(select(rebinding.c.moved)) or 0
+        return changed.rowcount, moved()
 
 
 @contextmanager
-def _triggers(db: Connection, record: Values | None) -> Iterator[None]:
-    """Count the messages that move and, if there is one to write, write a record of each that is changed."""
-    rebinding.create(db)
-    db.execute(insert(rebinding).values(moved=0, **(record or {})))
+def _counted(db: Connection) -> Iterator[Callable[[], int]]:
+    """Count in SQLite, by a trigger, the messages that move. Gives what tells how many did."""
+    db.execute(text("CREATE TEMPORARY TABLE counted AS SELECT 0 AS moved"))
     db.execute(
         text(
             "CREATE TEMPORARY TRIGGER count_moved AFTER UPDATE OF queue ON main.messages WHEN new.queue <> old.queue "
-            "BEGIN UPDATE rebinding SET moved = moved + 1; END"
+            "BEGIN UPDATE counted SET moved = moved + 1; END"
         )
     )
-    if record:
-        columns = ", ".join([*OF_MESSAGE, "old_queue", *OF_REBIND])
-        values = ", ".join([*("new." + name for name in OF_MESSAGE), "old.queue", *OF_REBIND])
-        insertion = f"INSERT INTO log ({columns}) SELECT {values} FROM rebinding"  # noqa: S608
-        db.execute(text(f"CREATE TEMPORARY TRIGGER write_record AFTER UPDATE ON main.messages BEGIN {insertion}; END"))
-    yield
+    yield lambda: db.scalar(text("SELECT moved FROM counted")) or 0
     db.execute(text("DROP TRIGGER count_moved"))
-    db.execute(text("DROP TRIGGER IF EXISTS write_record"))
+    db.execute(text("DROP TABLE counted"))
+
+
+@contextmanager
+def _recorded(db: Connection, record: Values | None) -> Iterator[None]:
+    """Write in SQLite, by a trigger, a record of each message that is changed, if there is one to write."""
+    if record is None:
+        yield
+        return
+    columns = ", ".join([*OF_MESSAGE, "old_queue", *OF_REBIND])
+    values = ", ".join([*("new." + name for name in OF_MESSAGE), "old.queue", *OF_REBIND])
+    insertion = f"INSERT INTO log ({columns}) SELECT {values} FROM rebinding"  # noqa: S608
+    rebinding.create(db)
+    db.execute(insert(rebinding).values(**record))
+    db.execute(text(f"CREATE TEMPORARY TRIGGER write_record AFTER UPDATE ON main.messages BEGIN {insertion}; END"))
+    yield
+    db.execute(text("DROP TRIGGER write_record"))
     rebinding.drop(db)
 
 
@@ -197,23 +201,24 @@ def mark(db: Connection, found: Matching, new_queue: ColumnElement[str], lock: b
     marked.drop(db)
 
 
-def change_each(db: Connection, changes: Sequence[tuple[Any, ...]]) -> None:
-    """Set in each message, by its key, the columns of EACH; `changes` has their values."""
+def change_each(db: Connection, changes: Sequence[tuple[str | float | None, ...]]) -> None:
+    """Set in each message, by its key, the columns of EACH; `changes` has their values, as they are kept."""
     if db.dialect.name == "sqlite":
-        to_set: dict[str, Any] = {name: bindparam("_" + name) for name in EACH[1:]}
-        statement = update(messages).where(messages.c.key == bindparam("_key")).values(to_set)
-        db.execute(statement, [dict(zip(["_" + name for name in EACH], change, strict=True)) for change in changes])
+        # By the driver itself: SQLAlchemy would take longer to bind the values than the database to write them.
+        to_set = ", ".join(f"{name} = ?" for name in EACH[:-1])
+        db.exec_driver_sql(f"UPDATE messages SET {to_set} WHERE key = ?", list(changes))  # noqa: S608
         return
-    rows = [dict(zip(EACH, change, strict=True)) for change in changes]
-    for row in rows:
-        row["recipient"] = recipient_text(row["recipient"])
-    records = func.json_to_recordset(literal(rows, JSON)).table_valued(*(column(n, messages.c[n].type) for n in EACH))
-    new = records.render_derived(with_types=True)
-    db.execute(update(messages).where(messages.c.key == new.c.key).values({name: new.c[name] for name in EACH[1:]}))
+    rows = literal([dict(zip(EACH, change, strict=True)) for change in changes], JSON)
+    types = {name: messages.c[name].type for name in EACH} | {"meta": Text(), "recipient": Text()}
+    new = func.json_to_recordset(rows).table_valued(*map(column, types, types.values())).render_derived(with_types=True)
+    changed = {name: new.c[name] for name in EACH[:-1]} | {"meta": cast(new.c.meta, messages.c.meta.type)}
+    db.execute(update(messages).where(messages.c.key == new.c.key).values(changed))
 
 
-def log_marked(db: Connection, record: Values) -> None:
-    """Write a record of each message in `marked`, as the message is now."""
+def record_marked(db: Connection, record: Values | None) -> None:
+    """Write a record of each message in `marked`, as the message is now, if there is one to write."""
+    if record is None:
+        return
     columns: dict[str, ColumnElement[Any]] = {name: messages.c[name] for name in OF_MESSAGE}
     columns |= {"old_queue": marked.c.queue} | {name: literal(record[name], log.c[name].type) for name in OF_REBIND}
     records = select(*columns.values()).join_from(marked, messages, messages.c.key == marked.c.key)

@@ -1,5 +1,6 @@
 """A message: its envelope and metadata, and what of them may be kept. It knows nothing of queues."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +76,31 @@ def check_text(value: Any) -> None:
         raise ValueError("a string must not hold a lone surrogate")
 
 
+_decoder = json.JSONDecoder()
+
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would build one each time
+"""A value as the databases keep it."""
+
+
+def from_json(text: str) -> Any:
+    """The value of what a database keeps as JSON."""
+    return _decoder.raw_decode(text.lstrip())[0]  # json.loads would look for what cannot be, at twice the time
+
+
+def meta_json(meta: Any) -> str:
+    """Metadata as JSON. Raises TypeError where it is no dict, and ValueError as `check_json` does."""
+    if not isinstance(meta, dict):
+        raise TypeError("meta must be a dict")
+    # Most is nothing but strings in ASCII, which can be checked in one piece.
+    strings = {*map(type, meta), *map(type, meta.values())} <= {str}
+    if not strings:
+        check_json(meta)
+    text = to_json(meta)
+    if strings and (not text.isascii() or "\\u0000" in text):
+        check_json(meta)
+    return text
+
+
 def check_json(value: Any, depth: int = 0) -> None:
     """Raise ValueError unless `value` is JSON that both databases can hold.
 
@@ -82,21 +108,18 @@ def check_json(value: Any, depth: int = 0) -> None:
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
-    match value:
-        case dict():
-            for key, member in value.items():
-                check_text(key)
-                check_json(member, depth + 1)
-        case list():
-            for member in value:
-                check_json(member, depth + 1)
-        case float():
-            if not math.isfinite(value):
-                raise ValueError(f"{value} is no JSON")
-        case int():
-            if value.bit_length() > MAX_BITS:
-                raise ValueError("a whole number has too many digits")
-        case None:
-            pass
-        case _:
-            check_text(value)
+    if isinstance(value, dict):
+        for key, member in value.items():
+            check_text(key)
+            check_json(member, depth + 1)
+    elif isinstance(value, list):
+        for member in value:
+            check_json(member, depth + 1)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is no JSON")
+    elif isinstance(value, int):
+        if value.bit_length() > MAX_BITS:
+            raise ValueError("a whole number has too many digits")
+    elif value is not None:
+        check_text(value)

@@ -22,13 +22,13 @@ from bulk import (
     change_each,
     count,
     index_aside,
-    log_marked,
     mark,
     marked,
     matching,
+    record_marked,
 )
 from deliverylog import NODEID, record
-from mail import Message, NewMessage, check_json, check_text, domain_of
+from mail import Message, NewMessage, check_text, domain_of, meta_json
 from names import PARTS, QueueName, new_name, queue_name
 from store import (
     MAX_NAME,
@@ -40,6 +40,7 @@ from store import (
     log,
     merge,
     messages,
+    recipient_text,
     take_turns,
     wait_for_writers,
 )
@@ -282,9 +283,8 @@ def _change(db: Connection, request: RebindRequest, found: Matching, rebind_id: 
     with mark(db, found, messages.c.queue) as matched:
         with index_aside(db, found.are_most):
             moved = _call_handlers(db, request, now)
-        if to_write:
-            log_marked(db, to_write)
-    return matched, moved
+        record_marked(db, to_write)
+        return matched, moved
 
 
 def _set_data(
@@ -307,43 +307,48 @@ def _call_handlers(db: Connection, request: RebindRequest, now: float | None) ->
     now: what it is, in seconds since 1970; None changes nothing.
     """
     moved, handlers = 0, rebind.handlers()
-    fields = [messages.c[name] for name in Message.__slots__]
-    each = select(*fields, messages.c.domain, marked.c.key).join(marked, messages.c.key == marked.c.key)
+    columns = [messages.c[name] for name in Message.__slots__]
+    each = select(*columns, messages.c.domain, marked.c.key).join(marked, messages.c.key == marked.c.key)
     stream = db.execute(each.order_by(marked.c.key), execution_options={"yield_per": BATCH})
     for rows in stream.partitions():
-        changes = []
-        for row in rows:
-            message = Message(*row[:-2])
-            domain = _decide(message, row.domain, handlers, request.data)
+        changes: list[tuple[Any, ...]] = []
+        fields: list[Any]
+        for *fields, domain, key in rows:
+            message = Message(*fields)
+            old_queue, old_due = message.queue, message.due
+            domain, meta = _decide(message, domain, handlers, request.data)
             queue = queue_name(message.meta, domain)
             if len(queue.encode()) > MAX_NAME:  # the table refuses it too, but not in a dry run
                 raise StoreRefused(TOO_LONG)
-            moves = queue != row.queue
+            moves = queue != old_queue
             moved += moves
-            due = now if request.always_flush or moves else row.due
-            changes.append((row.key, message.sender, message.recipient, domain, message.meta, queue, due))
+            due = now if request.always_flush or moves else old_due
+            changes.append((message.sender, recipient_text(message.recipient), domain, meta, queue, due, key))
         if now is not None:
             change_each(db, changes)
     return moved
 
 
-def _decide(message: Message, domain: str, handlers: Sequence[Callable[..., object]], data: Mapping[str, str]) -> str:
-    """Let the handlers change the message; gives its recipient's domain. Raises HandlerFailed."""
-    id, recipient = message.id, message.recipient
+def _decide(
+    message: Message, domain: str, handlers: Sequence[Callable[..., object]], data: Mapping[str, str]
+) -> tuple[str, str]:
+    """Let the handlers change the message. Gives its recipient's domain and its metadata as JSON.
+
+    Raises HandlerFailed.
+    """
+    id, recipient, meta = message.id, message.recipient, ""
     for handler in handlers:
         try:
             handler(message, data=dict(data))
             check_text(message.sender)
-            check_json(message.meta)
-            if not isinstance(message.meta, dict):
-                raise TypeError("meta must be a dict")
+            meta = meta_json(message.meta)
             if message.recipient is not recipient or isinstance(recipient, list):
                 domain = domain_of(message.recipient)
         except (Exception, SystemExit) as error:
             raise HandlerFailed(
                 f"the handler {_name_of(handler)} failed for message {id}: {type(error).__name__}: {error}"
             ) from error
-    return domain
+    return domain, meta
 
 
 def _name_of(handler: Callable[..., object]) -> str:

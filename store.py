@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from operator import methodcaller
 from typing import Any
 
 from psycopg.errors import DeadlockDetected, SerializationFailure
@@ -48,6 +48,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
+
+from mail import from_json, to_json
 
 MAX_NAME = 2000  # bytes of a queue's name: what an index of PostgreSQL takes, with room to spare
 TOO_LONG = f"the name of a queue is longer than {MAX_NAME} bytes"
@@ -372,13 +374,13 @@ def _engine(url: str, busy_timeout: float) -> Engine:
     if dialect == "sqlite" and parts.database in (None, "", ":memory:"):
         raise ArgumentError("a database in memory is not shared: name a file")
     if dialect == "sqlite":
-        engine = create_engine(url, json_serializer=_compact)
+        engine = create_engine(url, json_serializer=to_json, json_deserializer=from_json)
         event.listen(engine, "connect", lambda connection, _: _set_up_sqlite(connection, busy_timeout))
         event.listen(engine, "begin", _begin_in_sqlite)
     else:
         engine = create_engine(
             url,
-            json_serializer=_compact,
+            json_serializer=to_json,
             isolation_level="READ COMMITTED",
             pool_pre_ping=True,  # a connection that was cut is replaced before it is used
             connect_args={"connect_timeout": max(2, int(busy_timeout))},  # libpq takes no less
@@ -388,10 +390,6 @@ def _engine(url: str, busy_timeout: float) -> Engine:
     return engine
 
 
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
 def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself: _begin_in_sqlite does
     connection.execute(f"PRAGMA busy_timeout = {busy_timeout * 1000:.0f}")
@@ -399,7 +397,7 @@ def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
     connection.execute("PRAGMA cache_size = -32768")  # KiB
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.text_factory = partial(str, encoding="utf-8", errors="rebind.lenient")
+    connection.text_factory = methodcaller("decode", "utf-8", "rebind.lenient")
     # Two processes that turn a new file to WAL at the same moment do not wait for one another by themselves.
     deadline = time.monotonic() + busy_timeout
     while True:
