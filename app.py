@@ -26,6 +26,7 @@ STATUS = {NoHandler: 409, StoreRefused: 422, HandlerFailed: 500, StoreUnusable: 
 STATUS |= {StoreUnavailable: 503, StoreConflict: 503}
 
 admin = Blueprint("admin", __name__)
+_request, _query = RebindRequestSchema(), RebindQuerySchema()
 
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
@@ -68,7 +69,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
 def rebind() -> Response:
     """Rebind messages. SPEC.md, "POST /api/admin/rebind/v1"."""
     query = read_query()
-    result = registry.rebind(RebindRequestSchema().load(read_json()), actor=actor(), **query)
+    result = registry.rebind(_request.load(read_json()), actor=actor(), **query)
     response = jsonify({})
     response.headers["Rebind-Id"] = result.rebind_id
     response.headers["Rebind-Matched"] = str(result.matched)
@@ -99,7 +100,7 @@ def read_query() -> dict[str, Any]:
     if twice:
         raise BadQuery(twice)
     try:
-        query: dict[str, Any] = RebindQuerySchema().load(request.args)
+        query: dict[str, Any] = _query.load(request.args)
     except ValidationError as error:
         raise BadQuery(error.messages_dict) from error
     return query

@@ -5,6 +5,7 @@ SPEC.md, "The name of a message's queue". `queue_name` says it in Python and `ne
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Text, func, literal
@@ -28,6 +29,7 @@ class QueueName:
     routing_domain: str | None
 
     @classmethod
+    @lru_cache(maxsize=10_000)
     def parse(cls, name: str) -> Self:
         """Read a name, whatever made it: every string is one."""
         before, at, after = name.partition("@")

@@ -237,6 +237,23 @@ def _meta_text_in_postgresql(element: meta_text, compiler: Any, **kw: Any) -> st
     return f"CASE jsonb_typeof({meta} -> {key}) WHEN 'string' THEN {meta} ->> {key} END"
 
 
+class json_list(FunctionElement[list[str]]):
+    """`json_list(text)`: the texts of all rows as one list, which is one row to fetch."""
+
+    type = JSON()
+    inherit_cache = True
+
+
+@compiles(json_list, "sqlite")
+def _json_list_in_sqlite(element: json_list, compiler: Any, **kw: Any) -> str:
+    return f"json_group_array({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(json_list, "postgresql")
+def _json_list_in_postgresql(element: json_list, compiler: Any, **kw: Any) -> str:
+    return f"coalesce(json_agg({compiler.process(element.clauses, **kw)}), '[]')"
+
+
 def in_queues(db: Connection, queue: ColumnElement[str], names: Sequence[str]) -> ColumnElement[bool]:
     """Whether `queue` is one of the queues `names`, however many: they travel as one parameter."""
     if db.dialect.name == "sqlite":
