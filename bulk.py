@@ -14,6 +14,8 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     CursorResult,
+    FromClause,
+    Insert,
     MetaData,
     Select,
     Table,
@@ -23,6 +25,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    literal_column,
     select,
     text,
     update,
@@ -40,6 +43,7 @@ from store import (
     messages,
     messages_queue_due,
     octets,
+    returns_old,
 )
 
 Values = Mapping[str, Any]
@@ -126,10 +130,25 @@ def change(
             # To set `queue` and `due` to what they are would cost as much as another value.
             return _change_in_sqlite(db, found, {"meta": values(new_queue).get("meta", messages.c.meta)}, record)
         return _change_in_sqlite(db, found, values(new_queue), record)
+    if found.limit is None and returns_old(db):
+        return _change_in_one_statement(db, found, values(new_queue), record)
     with mark(db, found, new_queue) as matched:
         db.execute(update(messages).where(messages.c.key == marked.c.key).values(values(marked.c.new_queue)))
         record_marked(db, record)
         return matched, db.scalar(select(func.count()).where(marked.c.queue != marked.c.new_queue)) or 0
+
+
+def _change_in_one_statement(db: Connection, found: Matching, values: Values, record: Values | None) -> tuple[int, int]:
+    """In PostgreSQL 18: a message that another transaction has changed meanwhile is looked at again, as it is now."""
+    old_queue = literal_column("old.queue", messages.c.queue.type).label("old_queue")
+    returned = [messages.c[name] for name in OF_MESSAGE]
+    changed = update(messages).where(found.where).values(values).returning(*returned, old_queue).cte("changed")
+    moved = func.count().filter(changed.c.queue != changed.c.old_queue)
+    counts = select(func.count(), moved).select_from(changed)
+    if record is not None:
+        counts = counts.add_cte(_records(changed.c, changed.c.old_queue, changed, record).cte("records"))
+    matched, moving = db.execute(counts).one()
+    return matched, moving
 
 
 def _change_in_sqlite(db: Connection, found: Matching, values: Values, record: Values | None) -> tuple[int, int]:
@@ -217,9 +236,13 @@ def change_each(db: Connection, changes: Sequence[tuple[str | float | None, ...]
 
 def record_marked(db: Connection, record: Values | None) -> None:
     """Write a record of each message in `marked`, as the message is now, if there is one to write."""
-    if record is None:
-        return
-    columns: dict[str, ColumnElement[Any]] = {name: messages.c[name] for name in OF_MESSAGE}
-    columns |= {"old_queue": marked.c.queue} | {name: literal(record[name], log.c[name].type) for name in OF_REBIND}
-    records = select(*columns.values()).join_from(marked, messages, messages.c.key == marked.c.key)
-    db.execute(insert(log).from_select(list(columns), records.order_by(marked.c.key)))
+    if record is not None:
+        each = marked.join(messages, messages.c.key == marked.c.key)
+        db.execute(_records(messages.c, marked.c.queue, each, record))
+
+
+def _records(message: Any, old_queue: ColumnElement[str], each: FromClause, record: Values) -> Insert:
+    """Write a record of each message in `each`; the columns of `message` have what is the message's."""
+    columns = {name: message[name] for name in OF_MESSAGE} | {"old_queue": old_queue}
+    columns |= {name: literal(record[name], log.c[name].type) for name in OF_REBIND}
+    return insert(log).from_select(list(columns), select(*columns.values()).select_from(each))

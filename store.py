@@ -338,6 +338,11 @@ def take_turns(db: Connection) -> None:
         db.execute(text("SELECT pg_advisory_xact_lock(hashtext('rebind'))"))
 
 
+def returns_old(db: Connection) -> bool:
+    """Whether an UPDATE can return what was there before, as `old`, beside what is there now."""
+    return db.dialect.name == "postgresql" and (db.dialect.server_version_info or (0,)) >= (18,)
+
+
 def wait_for_writers(db: Connection) -> None:
     """Wait until every transaction that has written something by now has ended, so that it can be read or never was."""
     if db.dialect.name == "postgresql":  # SQLite has one at a time, which nobody overtakes

@@ -76,8 +76,9 @@ def stored(url: str) -> list[dict[str, Any]]:
 
 
 def logged(url: str) -> list[dict[str, Any]]:
-    """The records in the database, in their order, but for their keys."""
-    return _rows(url, store.log)
+    """The records in the database, but for their keys; in order, and those of one rebind, which have none, by id."""
+    by_rebind = itertools.groupby(_rows(url, store.log), key=lambda row: row["rebind_id"])
+    return [row for _, rows in by_rebind for row in sorted(rows, key=lambda row: (len(row["id"]), row["id"]))]
 
 
 def _rows(url: str, table: Any) -> list[dict[str, Any]]:

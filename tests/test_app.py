@@ -835,7 +835,8 @@ def test_two_services_that_start_at_once_on_an_empty_database_both_come_up(
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    services = [launch(folder, new_url) for folder in folders]
+    # With one worker each, which has answered: gunicorn waits for one that was told to stop before it could listen.
+    services = [launch(folder, new_url, "--workers", "1") for folder in folders]
     for service in services:
         until(service.listens_or_ended)
         assert done(service.rebind()) == (0, 0, 0)
