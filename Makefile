@@ -12,13 +12,16 @@ run: .venv/run  ## Serve on 127.0.0.1:8000, with sample messages where there are
 test: check  ## Check the code, and run every test.
 	$(BIN)/pytest
 
+bench: .venv/dev  ## Measure it, beside bare SQL: docs/performance.json and .png. It takes an hour or two, and 30 GB.
+	$(BIN)/python bench/run.py
+
 check: .venv/dev  ## Lint, formatting and types.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-clean:  ## Remove the virtual environment and the store with its messages.
-	rm -rf .venv instance
+clean:  ## Remove the virtual environment, the store with its messages, and those of the benchmark.
+	rm -rf .venv instance bench/stores
 
 .venv/run: requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=…")'
@@ -30,4 +33,4 @@ clean:  ## Remove the virtual environment and the store with its messages.
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-.PHONY: help run test check clean
+.PHONY: help run test bench check clean
