@@ -238,11 +238,11 @@ def goals(result: dict[str, Any]) -> str:
         verdict = f"goal: {direction} {limit:g}, {'met' if met else 'NOT MET'}"
         lines.append(f"{database:<10}  {name:<40}{value:>9.2f}  {verdict}")
 
-    for cell in result["cells"]:
-        if cell["kind"] in OF_DATA and cell["size"] >= 100_000:
-            judge(cell["database"], f"{cell['title']} over the floor, {cell['size']:,}", cell["ratio"], *OF_FLOOR)
-        if cell["kind"] in OF_DATA and cell["size"] == 1_000_000:
-            judge(cell["database"], f"{cell['title']}, growth", cell["growth"], *GROWTH)
+    for one in result["cells"]:
+        if one["kind"] in OF_DATA and one["size"] >= 100_000:
+            judge(one["database"], f"{one['title']} over the floor, {one['size']:,}", one["ratio"], *OF_FLOOR)
+        if one["kind"] in OF_DATA and one["size"] == 1_000_000:
+            judge(one["database"], f"{one['title']}, growth", one["growth"], *GROWTH)
     for database, found in result["ratios"].items():
         for name, goal in GOALS.items():
             if name in found:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 import store
 from mail import Message
+from names import queue_name
 from queues import (
     BATCH,
     DuplicateMessage,
@@ -23,7 +24,6 @@ from queues import (
     QueueSummary,
     RebindRequest,
     RebindResult,
-    queue_name,
     rebind,
 )
 
