@@ -200,7 +200,7 @@ def index_aside(db: Connection, aside: bool) -> Iterator[None]:
     Everybody else sees it as it was, until the transaction ends, and then as it is.
     """
     if aside:
-        messages_queue_due.drop(db)
+        messages_queue_due.drop(db, checkfirst=True)
     yield
     if aside:
         messages_queue_due.create(db)
@@ -210,8 +210,9 @@ def index_aside(db: Connection, aside: bool) -> Iterator[None]:
 def mark(db: Connection, found: Matching, new_queue: ColumnElement[str], lock: bool = True) -> Iterator[int]:
     """Write the messages down in `marked`, with what will be their new queue, and lock them. Gives their number."""
     marked.create(db)
-    # In the order of keys, but not by their index: that would read every message to find those of a few queues.
-    each = found.select(messages.c.key, messages.c.queue, new_queue).order_by(messages.c.key + 0)
+    # In the order of keys, but not by their index where that would read every message to find those of a few queues.
+    order = messages.c.key if found.are_most else messages.c.key + 0
+    each = found.select(messages.c.key, messages.c.queue, new_queue).order_by(order)
     if lock:
         each = each.with_for_update(key_share=True, of=messages)
     db.execute(insert(marked).from_select(["key", "queue", "new_queue"], each))

@@ -167,3 +167,15 @@ def test_a_new_sqlite_store_has_large_pages_and_one_with_others_is_used_as_it_is
     assert ask(queues, {"queue": "b"}).moved == 1
     with closing(sqlite3.connect(file)) as db:
         assert db.execute("PRAGMA page_size").fetchone() == (page_size,)
+
+
+def test_a_store_whose_index_somebody_dropped_gets_it_back(queues: QueueRegistry, url: str) -> None:
+    """In SQLite, when most messages move."""
+    if not url.startswith("sqlite"):
+        pytest.skip("of SQLite alone")
+    queues.load([message("ada@a.example") for _ in range(3)])
+    before = indexes(url)
+    with look(url).begin() as db:
+        db.execute(text("DROP INDEX messages_queue_due"))
+    assert ask(queues, {"queue": "b"}).moved == 3
+    assert indexes(url) == before
