@@ -116,20 +116,23 @@ def change(
     db: Connection,
     found: Matching,
     new_queue: ColumnElement[str],
-    values: Callable[[ColumnElement[str]], Values],
+    values: Callable[[ColumnElement[str] | None], Values],
     record: Values | None,
-    stays: bool,
+    moving: bool,
 ) -> tuple[int, int]:
-    """Set in each message the values that its new queue makes, and write a record of each, if there is one to write.
+    """Set values in each message, and write a record of each, if there is one to write.
 
-    stays: whether a message keeps its `due`, and its queue unless that was wrong before.
+    values: what to set, by the name of its new queue, or None where no message moves.
+    moving: whether it is to be expected that most will move, and dear to find out how many before it is done.
     Returns how many messages there were, and how many moved.
     """
     if db.dialect.name == "sqlite":
-        if stays and count(db, found, new_queue)[1] == 0:
-            # To set `queue` and `due` to what they are would cost as much as another value.
-            return _change_in_sqlite(db, found, {"meta": values(new_queue).get("meta", messages.c.meta)}, record)
-        return _change_in_sqlite(db, found, values(new_queue), record)
+        if moving:
+            with _counted(db) as moved:
+                return _change_in_sqlite(db, found, values(new_queue), record), moved()
+        to_move = count(db, found, new_queue)[1]
+        # To set `queue` and `due` to what they are would cost as much as to change them, for the sake of their index.
+        return _change_in_sqlite(db, found, values(new_queue if to_move else None), record), to_move
     if found.limit is None and returns_old(db):
         return _change_in_one_statement(db, found, values(new_queue), record)
     with mark(db, found, new_queue) as matched:
@@ -151,14 +154,16 @@ def _change_in_one_statement(db: Connection, found: Matching, values: Values, re
     return matched, moving
 
 
-def _change_in_sqlite(db: Connection, found: Matching, values: Values, record: Values | None) -> tuple[int, int]:
-    """In one pass, in the order in which the messages are stored."""
+def _change_in_sqlite(db: Connection, found: Matching, values: Values, record: Values | None) -> int:
+    """In one pass, in the order in which the messages are stored. Returns how many there were."""
     where = found.where
     if found.limit is not None or not found.are_most:
         where = messages.c.key.in_(found.select(messages.c.key))
-    with _recorded(db, record), _counted(db) as moved, index_aside(db, found.are_most and "queue" in values):
-        changed: CursorResult[Any] = db.execute(update(messages).where(where).values(values))
-        return changed.rowcount, moved()
+    # With nothing to set a message is written all the same, for its record.
+    statement = update(messages).where(where).values(values or {"meta": messages.c.meta})
+    with _recorded(db, record), index_aside(db, found.are_most and "due" in values):
+        changed: CursorResult[Any] = db.execute(statement)
+        return changed.rowcount
 
 
 @contextmanager

@@ -12,9 +12,6 @@ from sqlalchemy import ColumnElement, Text, func, literal
 
 from store import messages, meta_text
 
-PARTS = {"queue", "campaign", "tenant", "routing_domain"}
-"""The keys of a message's metadata that name its queue."""
-
 
 @dataclass(frozen=True)
 class QueueName:
@@ -67,6 +64,11 @@ def queue_name(meta: Mapping[str, Any], domain: str) -> str:
     if pinned is not None:
         return pinned
     return str(QueueName(part("campaign"), part("tenant"), domain, part("routing_domain")))
+
+
+def named_by_parts(data: Mapping[str, str]) -> bool:
+    """Whether a message with `data` set over its metadata has another name, as a rule, which is built from parts."""
+    return "queue" not in data and not data.keys().isdisjoint(("campaign", "tenant", "routing_domain"))
 
 
 def new_name(data: Mapping[str, str]) -> ColumnElement[str]:

@@ -29,7 +29,7 @@ from bulk import (
 )
 from deliverylog import NODEID, record
 from mail import Message, NewMessage, check_text, domain_of, meta_json
-from names import PARTS, QueueName, new_name, queue_name
+from names import QueueName, named_by_parts, new_name, queue_name
 from store import (
     MAX_NAME,
     TOO_LONG,
@@ -302,13 +302,17 @@ def _set_data(
 ) -> tuple[int, int]:
     """Set `data` over each message's metadata, and name its queue anew. Returns how many there were, and moved."""
 
-    def values(new_queue: ColumnElement[str]) -> Values:
-        due = literal(now) if request.always_flush else case((messages.c.queue != new_queue, now), else_=messages.c.due)
-        meta = {"meta": merge(messages.c.meta, literal(request.data, messages.c.meta.type))} if request.data else {}
-        return {"queue": new_queue, "due": due} | meta
+    def values(new_queue: ColumnElement[str] | None) -> Values:
+        changes: dict[str, Any] = {}
+        if new_queue is not None:
+            changes = {"queue": new_queue, "due": case((messages.c.queue != new_queue, now), else_=messages.c.due)}
+        if request.always_flush:
+            changes["due"] = literal(now)
+        if request.data:
+            changes["meta"] = merge(messages.c.meta, literal(request.data, messages.c.meta.type))
+        return changes
 
-    stays = not request.always_flush and not request.data.keys() & PARTS
-    return change(db, found, new_name(request.data), values, record, stays)
+    return change(db, found, new_name(request.data), values, record, named_by_parts(request.data))
 
 
 def _call_handlers(db: Connection, request: RebindRequest, now: float | None) -> int:
