@@ -3,10 +3,10 @@
 What it does to them is said in queues.py; what the ways cost, and which others were tried, in docs/performance.md.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     JSON,
@@ -51,8 +51,6 @@ Values = Mapping[str, Any]
 
 OF_MESSAGE = [column.name for column in log.c if column.name in messages.c and column.name != "key"]
 OF_REBIND = ["type", "event_time", "nodeid", "rebind_id", "reason", "actor"]  # with the old queue, a record's others
-EACH = ("sender", "recipient", "domain", "meta", "queue", "due", "key")  # what the event's handlers decide upon
-
 # The messages that a rebind handles, for the length of its transaction: what they are is decided once, when it starts.
 marked = Table(
     "marked",
@@ -70,6 +68,19 @@ rebinding = Table(
 )
 
 
+class Change(NamedTuple):
+    """What a message is to be, in the columns of these names, as they are kept."""
+
+    sender: str
+    recipient: str
+    domain: str
+    meta: str
+    queue: str
+    due: float
+    """In seconds since 1970."""
+    key: int
+
+
 @dataclass(frozen=True)
 class Matching:
     """The messages in some queues or, with a limit, so many of them, those due soonest."""
@@ -77,7 +88,7 @@ class Matching:
     where: ColumnElement[bool]
     limit: int | None
     are_most: bool
-    """Whether they are most of all messages, in SQLite, whose planner would not know. PostgreSQL's does."""
+    """Whether it is SQLite and they are most of all messages, which its planner would not know. PostgreSQL's does."""
 
     def select(self, *columns: ColumnElement[Any]) -> Select[Any]:
         """These columns of each."""
@@ -102,7 +113,7 @@ def matching(db: Connection, names: Sequence[str], limit: int | None) -> Matchin
 def count(db: Connection, found: Matching, new_queue: ColumnElement[str]) -> tuple[int, int]:
     """How many messages there are, and how many of them are in another queue than `new_queue`.
 
-    Raises StoreRefused where that is too long.
+    Raises StoreRefused where that name is too long, as it would be when it is set.
     """
     each = found.select(messages.c.queue, new_queue.label("new_queue")).subquery()
     moving, longest = func.count().filter(each.c.queue != each.c.new_queue), func.max(octets(each.c.new_queue))
@@ -142,7 +153,10 @@ def change(
 
 
 def _change_in_one_statement(db: Connection, found: Matching, values: Values, record: Values | None) -> tuple[int, int]:
-    """In PostgreSQL 18: a message that another transaction has changed meanwhile is looked at again, as it is now."""
+    """In PostgreSQL 18: a message that another transaction has changed meanwhile is looked at again, as it is now.
+
+    They are locked as they come: where a worker locks several in another order, the database ends one of the two.
+    """
     old_queue = literal_column("old.queue", messages.c.queue.type).label("old_queue")
     returned = [messages.c[name] for name in OF_MESSAGE]
     changed = update(messages).where(found.where).values(values).returning(*returned, old_queue).cte("changed")
@@ -160,8 +174,9 @@ def _change_in_sqlite(db: Connection, found: Matching, values: Values, record: V
     if found.limit is not None or not found.are_most:
         where = messages.c.key.in_(found.select(messages.c.key))
     # With nothing to set a message is written all the same, for its record.
-    statement = update(messages).where(where).values(values or {"meta": messages.c.meta})
-    with _recorded(db, record), index_aside(db, found.are_most and "due" in values):
+    values = values or {"meta": messages.c.meta}
+    statement = update(messages).where(where).values(values)
+    with _recorded(db, record, values), index_aside(db, found.are_most and "due" in values):
         changed: CursorResult[Any] = db.execute(statement)
         return changed.rowcount
 
@@ -182,8 +197,11 @@ def _counted(db: Connection) -> Iterator[Callable[[], int]]:
 
 
 @contextmanager
-def _recorded(db: Connection, record: Values | None) -> Iterator[None]:
-    """Write in SQLite, by a trigger, a record of each message that is changed, if there is one to write."""
+def _recorded(db: Connection, record: Values | None, changed: Iterable[str]) -> Iterator[None]:
+    """Write in SQLite, by a trigger, a record of each message whose columns `changed` are set, if a record is wanted.
+
+    A site's own trigger that sets others causes none.
+    """
     if record is None:
         yield
         return
@@ -192,7 +210,8 @@ def _recorded(db: Connection, record: Values | None) -> Iterator[None]:
     insertion = f"INSERT INTO log ({columns}) SELECT {values} FROM rebinding"  # noqa: S608
     rebinding.create(db)
     db.execute(insert(rebinding).values(**record))
-    db.execute(text(f"CREATE TEMPORARY TRIGGER write_record AFTER UPDATE ON main.messages BEGIN {insertion}; END"))
+    update_of_them = f"UPDATE OF {', '.join(changed)} ON main.messages"
+    db.execute(text(f"CREATE TEMPORARY TRIGGER write_record AFTER {update_of_them} BEGIN {insertion}; END"))
     yield
     db.execute(text("DROP TRIGGER write_record"))
     rebinding.drop(db)
@@ -213,7 +232,7 @@ def index_aside(db: Connection, aside: bool) -> Iterator[None]:
 
 @contextmanager
 def mark(db: Connection, found: Matching, new_queue: ColumnElement[str], lock: bool = True) -> Iterator[int]:
-    """Write the messages down in `marked`, with what will be their new queue, and lock them. Gives their number."""
+    """Write the messages down in `marked`, with their new queues, and lock them if asked to. Gives their number."""
     marked.create(db)
     # In the order of keys, but not by their index where that would read every message to find those of a few queues.
     order = messages.c.key if found.are_most else messages.c.key + 0
@@ -226,18 +245,19 @@ def mark(db: Connection, found: Matching, new_queue: ColumnElement[str], lock: b
     marked.drop(db)
 
 
-def change_each(db: Connection, changes: Sequence[tuple[str | float | None, ...]]) -> None:
-    """Set in each message, by its key, the columns of EACH; `changes` has their values, as they are kept."""
+def change_each(db: Connection, changes: list[Change]) -> None:
+    """Make each message what it is to be."""
+    to_set = [name for name in Change._fields if name != "key"]
     if db.dialect.name == "sqlite":
         # By the driver itself: SQLAlchemy would take longer to bind the values than the database to write them.
-        to_set = ", ".join(f"{name} = ?" for name in EACH[:-1])
-        db.exec_driver_sql(f"UPDATE messages SET {to_set} WHERE key = ?", list(changes))  # noqa: S608
+        columns = ", ".join(f"{name} = ?" for name in to_set)
+        db.exec_driver_sql(f"UPDATE messages SET {columns} WHERE key = ?", changes)  # noqa: S608
         return
-    rows = literal([dict(zip(EACH, change, strict=True)) for change in changes], JSON)
-    types = {name: messages.c[name].type for name in EACH} | {"meta": Text(), "recipient": Text()}
-    new = func.json_to_recordset(rows).table_valued(*map(column, types, types.values())).render_derived(with_types=True)
-    changed = {name: new.c[name] for name in EACH[:-1]} | {"meta": cast(new.c.meta, messages.c.meta.type)}
-    db.execute(update(messages).where(messages.c.key == new.c.key).values(changed))
+    # Text, cast there: what JSON cannot say, such as an infinite `due`, passes too.
+    rows = literal([change._asdict() | {"due": str(change.due)} for change in changes], JSON)
+    each = func.json_to_recordset(rows).table_valued(*(column(name, Text()) for name in Change._fields))
+    new = {name: cast(value, messages.c[name].type) for name, value in each.render_derived(with_types=True).c.items()}
+    db.execute(update(messages).where(messages.c.key == new.pop("key")).values(new))
 
 
 def record_marked(db: Connection, record: Values | None) -> None:

@@ -82,8 +82,10 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # 
 """A value as the databases keep it."""
 
 
-def from_json(text: str) -> Any:
-    """The value of what a database keeps as JSON."""
+def from_json(text: str | bytes) -> Any:
+    """The value of what a database keeps as JSON; a sender may have written bytes."""
+    if not isinstance(text, str):
+        return json.loads(text)
     return _decoder.raw_decode(text.lstrip())[0]  # json.loads would look for what cannot be, at twice the time
 
 

@@ -1,4 +1,4 @@
-"""Scheduled queues: their names, the messages in them, and rebinding, which moves messages from queue to queue.
+"""Scheduled queues: the messages in them, and rebinding, which moves messages from queue to queue.
 
 `registry` is the one instance that the route, the command line and delivery workers use. It knows nothing of HTTP, and
 keeps nothing in memory: every process and host that is bound to the same database sees the same queues.
@@ -16,6 +16,7 @@ from blinker import ANY, Signal
 from sqlalchemy import CTE, ColumnElement, Connection, case, func, insert, literal, select
 
 from bulk import (
+    Change,
     Matching,
     Values,
     change,
@@ -175,15 +176,18 @@ class QueueRegistry:
         limit: handle at most so many, those due soonest.
         Raises NoHandler, HandlerFailed, StoreRefused and StoreUnavailable; then nothing was done.
         """
-        if request.trigger_rebind_event and not rebind.handlers():
-            raise NoHandler("no handler is connected to the rebind event")
+        if request.trigger_rebind_event:
+            _handlers()
         for _ in range(ATTEMPTS - 1):
             with suppress(StoreConflict):
                 return self._rebind(request, actor, dry_run, limit)
         return self._rebind(request, actor, dry_run, limit)
 
     def _rebind(self, request: RebindRequest, actor: str, dry_run: bool, limit: int | None) -> RebindResult:
-        """One transaction that does it or does nothing. What matches nothing, or is a dry run, waits for nobody."""
+        """Do all or nothing. Where nothing matches, and for a dry run, nobody need be waited for: look at that first.
+
+        When it is this one's turn what matches is looked up again, as others may have moved it meanwhile.
+        """
         rebind_id, matched, moved = str(uuid.uuid4()), 0, 0
         with self.database.read() as db:
             names = matching_queues(db, request)
@@ -284,21 +288,21 @@ def _rehearse(db: Connection, request: RebindRequest, found: Matching) -> tuple[
 
 def _change(db: Connection, request: RebindRequest, found: Matching, rebind_id: str, actor: str) -> tuple[int, int]:
     """Handle the messages, and write an AdminRebind record of each. Returns how many there were, and how many moved."""
-    now = time.time()
-    record = {"type": "AdminRebind", "event_time": now, "nodeid": NODEID}
-    record |= {"rebind_id": rebind_id, "reason": request.reason, "actor": actor}
-    to_write = None if request.suppress_logging else record
+    now, of_rebind = time.time(), None
+    if not request.suppress_logging:
+        of_rebind = {"type": "AdminRebind", "event_time": now, "nodeid": NODEID}
+        of_rebind |= {"rebind_id": rebind_id, "reason": request.reason, "actor": actor}
     if not request.trigger_rebind_event:
-        return _set_data(db, request, found, now, to_write)
+        return _set_data(db, request, found, now, of_rebind)
     with mark(db, found, messages.c.queue) as matched:
         with index_aside(db, found.are_most):
             moved = _call_handlers(db, request, now)
-        record_marked(db, to_write)
+        record_marked(db, of_rebind)
         return matched, moved
 
 
 def _set_data(
-    db: Connection, request: RebindRequest, found: Matching, now: float, record: Values | None
+    db: Connection, request: RebindRequest, found: Matching, now: float, of_rebind: Values | None
 ) -> tuple[int, int]:
     """Set `data` over each message's metadata, and name its queue anew. Returns how many there were, and moved."""
 
@@ -312,7 +316,7 @@ def _set_data(
             changes["meta"] = merge(messages.c.meta, literal(request.data, messages.c.meta.type))
         return changes
 
-    return change(db, found, new_name(request.data), values, record, named_by_parts(request.data))
+    return change(db, found, new_name(request.data), values, of_rebind, named_by_parts(request.data))
 
 
 def _call_handlers(db: Connection, request: RebindRequest, now: float | None) -> int:
@@ -320,44 +324,50 @@ def _call_handlers(db: Connection, request: RebindRequest, now: float | None) ->
 
     now: what it is, in seconds since 1970; None changes nothing.
     """
-    moved, handlers = 0, rebind.handlers()
+    moved, handlers = 0, _handlers()
     columns = [messages.c[name] for name in Message.__slots__]
-    each = select(*columns, messages.c.domain, marked.c.key).join(marked, messages.c.key == marked.c.key)
+    each = select(*columns, marked.c.key).join(marked, messages.c.key == marked.c.key)
     stream = db.execute(each.order_by(marked.c.key), execution_options={"yield_per": BATCH})
     for rows in stream.partitions():
-        changes: list[tuple[Any, ...]] = []
+        changes: list[Change] = []
         fields: list[Any]
-        for *fields, domain, key in rows:
+        for *fields, key in rows:
             message = Message(*fields)
             old_queue, old_due = message.queue, message.due
-            domain, meta = _decide(message, domain, handlers, request.data)
+            domain, meta = _decide(message, handlers, request.data)
             queue = queue_name(message.meta, domain)
             if len(queue.encode()) > MAX_NAME:  # the table refuses it too, but not in a dry run
                 raise StoreRefused(TOO_LONG)
             moves = queue != old_queue
             moved += moves
-            due = now if request.always_flush or moves else old_due
-            changes.append((message.sender, recipient_text(message.recipient), domain, meta, queue, due, key))
-        if now is not None:
+            if now is not None:
+                due = now if request.always_flush or moves else old_due
+                to = recipient_text(message.recipient)
+                changes.append(Change(message.sender, to, domain, meta, queue, due, key))
+        if changes:
             change_each(db, changes)
     return moved
 
 
-def _decide(
-    message: Message, domain: str, handlers: Sequence[Callable[..., object]], data: Mapping[str, str]
-) -> tuple[str, str]:
+def _handlers() -> list[Callable[..., object]]:
+    """The event's handlers, which stay as long as the list does. Raises NoHandler."""
+    if handlers := rebind.handlers():
+        return handlers
+    raise NoHandler("no handler is connected to the rebind event")
+
+
+def _decide(message: Message, handlers: Sequence[Callable[..., object]], data: Mapping[str, str]) -> tuple[str, str]:
     """Let the handlers change the message. Gives its recipient's domain and its metadata as JSON.
 
     Raises HandlerFailed.
     """
-    id, recipient, meta = message.id, message.recipient, ""
+    id, domain, meta = message.id, "", ""
     for handler in handlers:
         try:
             handler(message, data=dict(data))
             check_text(message.sender)
             meta = meta_json(message.meta)
-            if message.recipient is not recipient or isinstance(recipient, list):
-                domain = domain_of(message.recipient)
+            domain = domain_of(message.recipient)
         except (Exception, SystemExit) as error:
             raise HandlerFailed(
                 f"the handler {_name_of(handler)} failed for message {id}: {type(error).__name__}: {error}"

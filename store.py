@@ -146,7 +146,10 @@ messages = Table(
     Column("created", Double, nullable=False),
     Column("due", Double, nullable=False),
     Column("num_attempts", Integer, nullable=False, server_default="0"),
-    CheckConstraint("json_type(meta) = 'object'", name="meta_is_object").ddl_if(dialect="sqlite"),
+    # In one reading of it; json_type alone would let JSON5 pass, in a sender's later version of SQLite.
+    CheckConstraint("json_valid(meta) AND ltrim(meta, char(9, 10, 13, 32)) GLOB '{*'", name="meta_is_object").ddl_if(
+        dialect="sqlite"
+    ),
     CheckConstraint("jsonb_typeof(meta) = 'object'", name="meta_is_object").ddl_if(dialect="postgresql"),
     limit_of_names("queue"),
     Index("messages_id", "id", unique=True, postgresql_with=ROOM),
@@ -415,7 +418,8 @@ def _engine(url: str, busy_timeout: float) -> Engine:
 def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself: _begin_in_sqlite does
     connection.execute(f"PRAGMA busy_timeout = {busy_timeout * 1000:.0f}")
-    connection.execute("PRAGMA page_size = 16384")  # of a new file; docs/performance.md says why, also of the next
+    # Why so much: docs/performance.md. The cache is each connection's, and grows to that only where it is needed.
+    connection.execute("PRAGMA page_size = 16384")  # bytes, of a new file
     connection.execute("PRAGMA cache_size = -32768")  # KiB
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
     connection.execute("PRAGMA foreign_keys = ON")

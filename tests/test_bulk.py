@@ -179,3 +179,21 @@ def test_a_store_whose_index_somebody_dropped_gets_it_back(queues: QueueRegistry
         db.execute(text("DROP INDEX messages_queue_due"))
     assert ask(queues, {"queue": "b"}).moved == 3
     assert indexes(url) == before
+
+
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_a_sites_own_trigger_on_messages_causes_no_record(queues: QueueRegistry, tmp_path: Path, event: bool) -> None:
+    url = f"sqlite:///{tmp_path / 'queues.db'}"
+    queues.bind(url, busy_timeout=30)
+    queues.load([message("ada@a.example") for _ in range(3)])
+    with look(url).begin() as db:
+        db.execute(
+            text(
+                "CREATE TRIGGER tried AFTER UPDATE OF queue ON messages BEGIN "
+                "UPDATE messages SET num_attempts = num_attempts + 1 WHERE key = new.key; END"
+            )
+        )
+    with rebind.connected_to(pin):
+        assert ask(queues, {"queue": "b"}, trigger_rebind_event=event).moved == 3
+    assert [row["num_attempts"] for row in stored(url)] == [1] * 3
+    assert len(logged(url)) == 3

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import logged, message, stored
+from conftest import logged, look, message, stored
+from sqlalchemy import text
 
 import policy
 from mail import Message
@@ -358,3 +359,42 @@ def test_a_policy_that_is_no_python_file_is_refused(tmp_path: Path, name: str) -
     file = tmp_path / name
     with pytest.raises(policy.PolicyError, match=rf"the policy {file} is no Python file"):
         policy.load(str(file))
+
+
+def test_a_message_whose_metadata_a_sender_wrote_as_bytes_is_rebound(queues: QueueRegistry, url: str) -> None:
+    """SQLite keeps them as a blob."""
+    queues.load([message(meta={"tenant": "t"})])
+    if url.startswith("sqlite"):
+        with look(url).begin() as db:
+            db.execute(text("UPDATE messages SET meta = CAST(meta AS BLOB)"))
+    with rebind.connected_to(do("message.meta['queue'] = message.meta['tenant']")):
+        assert ask(queues).moved == 1
+    assert [(row["queue"], row["meta"]) for row in stored(url)] == [("t", {"tenant": "t", "queue": "t"})]
+
+
+@pytest.mark.parametrize("due", ["1e999", "-1e999"])
+def test_a_message_that_is_due_never_or_always_is_rebound_and_stays_so(
+    queues: QueueRegistry, url: str, due: str
+) -> None:
+    queues.load([message()])
+    with look(url).begin() as db:
+        infinite = due if url.startswith("sqlite") else f"'{due.replace('1e999', 'Infinity')}'"
+        db.execute(text(f"UPDATE messages SET due = {infinite}"))
+    with rebind.connected_to(do("message.meta['note'] = 'x'")):
+        assert ask(queues).matched == 1
+    assert [(row["due"], row["meta"]) for row in stored(url)] == [(float(due), {"note": "x"})]
+
+
+def test_a_message_is_named_by_its_recipient_whatever_handlers_did_to_it_and_its_sender_gave(
+    queues: QueueRegistry, url: str
+) -> None:
+    """The second handler puts back what the first one changed."""
+    queues.load([message("ada@a.example")])
+    with look(url).begin() as db:
+        db.execute(text("UPDATE messages SET domain = 'stale.example'"))
+    handlers = [rebind.connect(do("message.recipient = message.recipient.replace('a.example', 'sink.example')"))]
+    handlers.append(rebind.connect(do("message.recipient = message.recipient.replace('sink.example', 'a.example')")))
+    assert ask(queues).matched == 1
+    assert [(row["recipient"], row["domain"], row["queue"]) for row in stored(url)] == [
+        ("ada@a.example", "a.example", "a.example")
+    ]
