@@ -419,7 +419,7 @@ def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself: _begin_in_sqlite does
     connection.execute(f"PRAGMA busy_timeout = {busy_timeout * 1000:.0f}")
     # Why so much: docs/performance.md. The cache is each connection's, and grows to that only where it is needed.
-    connection.execute("PRAGMA page_size = 16384")  # bytes, of a new file
+    connection.execute("PRAGMA page_size = 8192")  # bytes, of a new file
     connection.execute("PRAGMA cache_size = -32768")  # KiB
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
     connection.execute("PRAGMA foreign_keys = ON")

@@ -154,7 +154,7 @@ def test_what_matches_nothing_and_a_dry_run_wait_for_no_other_rebind(
         holder.rollback()
 
 
-@pytest.mark.parametrize("page_size", [4096, 16384])
+@pytest.mark.parametrize("page_size", [4096, 8192])
 def test_a_new_sqlite_store_has_large_pages_and_one_with_others_is_used_as_it_is(
     queues: QueueRegistry, tmp_path: Path, page_size: int
 ) -> None:
