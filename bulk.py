@@ -111,16 +111,18 @@ def matching(db: Connection, names: Sequence[str], limit: int | None) -> Matchin
 
 
 def count(db: Connection, found: Matching, new_queue: ColumnElement[str]) -> tuple[int, int]:
-    """How many messages there are, and how many of them are in another queue than `new_queue`.
-
-    Raises StoreRefused where that name is too long, as it would be when it is set.
-    """
+    """How many messages there are, and how many of them are in another queue than `new_queue`."""
     each = found.select(messages.c.queue, new_queue.label("new_queue")).subquery()
-    moving, longest = func.count().filter(each.c.queue != each.c.new_queue), func.max(octets(each.c.new_queue))
-    row = db.execute(select(func.count().label("matched"), moving.label("moved"), longest.label("longest"))).one()
-    if row.longest is not None and row.longest > MAX_NAME:
+    moved = func.count().filter(each.c.queue != each.c.new_queue)
+    matched, moving = db.execute(select(func.count(), moved).select_from(each)).one()
+    return matched, moving
+
+
+def refuse_too_long(db: Connection, found: Matching, new_queue: ColumnElement[str]) -> None:
+    """Raise StoreRefused where the table would, if `new_queue` were set."""
+    each = found.select(octets(new_queue).label("octets")).subquery()
+    if (db.scalar(select(func.max(each.c.octets))) or 0) > MAX_NAME:
         raise StoreRefused(TOO_LONG)
-    return row.matched, row.moved
 
 
 def change(

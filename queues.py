@@ -27,6 +27,7 @@ from bulk import (
     marked,
     matching,
     record_marked,
+    refuse_too_long,
 )
 from deliverylog import NODEID, record
 from mail import Message, NewMessage, check_text, domain_of, meta_json
@@ -281,6 +282,7 @@ def matching_queues(db: Connection, request: RebindRequest) -> list[str]:
 def _rehearse(db: Connection, request: RebindRequest, found: Matching) -> tuple[int, int]:
     """How many messages would be handled, and how many would move."""
     if not request.trigger_rebind_event:
+        refuse_too_long(db, found, new_name(request.data))
         return count(db, found, new_name(request.data))
     with mark(db, found, messages.c.queue, lock=False) as matched:
         return matched, _call_handlers(db, request, now=None)
