@@ -75,7 +75,7 @@ def new_name(data: Mapping[str, str]) -> ColumnElement[str]:
     """`queue_name` in SQL, of each message with `data` set over its metadata."""
 
     def part(key: str) -> ColumnElement[str]:
-        return literal(data[key], Text) if key in data else meta_text(messages.c.meta, literal(key, Text))
+        return literal(data[key], Text) if key in data else meta_text(messages.c.meta, key)
 
     if "queue" in data:
         return part("queue")

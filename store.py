@@ -227,16 +227,20 @@ class meta_text(FunctionElement[str]):
     type = Text()
     inherit_cache = True
 
+    def __init__(self, meta: ColumnElement[Any], key: str) -> None:
+        # As they stand: SQLite would put a path together from parameters each time, which is as dear as to follow it.
+        super().__init__(meta, literal_column(f"'{key}'"), literal_column(f"'$.{key}'"))
+
 
 @compiles(meta_text, "sqlite")
 def _meta_text_in_sqlite(element: meta_text, compiler: Any, **kw: Any) -> str:
-    meta, key = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"CASE json_type({meta}, '$.' || {key}) WHEN 'text' THEN json_extract({meta}, '$.' || {key}) END"
+    meta, _, path = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"CASE json_type({meta}, {path}) WHEN 'text' THEN json_extract({meta}, {path}) END"
 
 
 @compiles(meta_text, "postgresql")
 def _meta_text_in_postgresql(element: meta_text, compiler: Any, **kw: Any) -> str:
-    meta, key = (compiler.process(clause, **kw) for clause in element.clauses)
+    meta, key, _ = (compiler.process(clause, **kw) for clause in element.clauses)
     return f"CASE jsonb_typeof({meta} -> {key}) WHEN 'string' THEN {meta} ->> {key} END"
 
 
@@ -284,12 +288,13 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that changes no table but temporary ones, and waits for nobody.
+        """A transaction that changes nothing, and waits for nobody: whatever it did is rolled back at its end.
 
         Raises StoreUnavailable.
         """
         with self._begin(self._engine) as db:
             yield db
+            db.rollback()  # or a commit whose answer is lost would be told of, where nothing was to be done
 
     @contextmanager
     def write(self) -> Iterator[Connection]:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,9 +76,14 @@ def stored(url: str) -> list[dict[str, Any]]:
 
 
 def logged(url: str) -> list[dict[str, Any]]:
-    """The records in the database, but for their keys; in order, and those of one rebind, which have none, by id."""
-    by_rebind = itertools.groupby(_rows(url, store.log), key=lambda row: row["rebind_id"])
-    return [row for _, rows in by_rebind for row in sorted(rows, key=lambda row: (len(row["id"]), row["id"]))]
+    """The records in the database, in their order, but for their keys."""
+    return in_order(_rows(url, store.log))
+
+
+def in_order(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These records; those of one rebind, which come in no particular order, by their message's id."""
+    by_rebind = itertools.groupby(records, key=lambda record: record["rebind_id"])
+    return [one for _, rows in by_rebind for one in sorted(rows, key=lambda row: (len(row["id"]), row["id"]))]
 
 
 def _rows(url: str, table: Any) -> list[dict[str, Any]]:
