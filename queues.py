@@ -39,6 +39,7 @@ from store import (
     StoreConflict,
     StoreRefused,
     contents,
+    expect_many,
     json_list,
     log,
     merge,
@@ -197,6 +198,7 @@ class QueueRegistry:
         if names and not dry_run:
             with self.database.write() as db:
                 take_turns(db)
+                expect_many(db)
                 if names := matching_queues(db, request):
                     matched, moved = _change(db, request, matching(db, names, limit), rebind_id, actor)
         return RebindResult(rebind_id, matched, moved, matched if request.always_flush else moved)

@@ -351,6 +351,12 @@ def returns_old(db: Connection) -> bool:
     return db.dialect.name == "postgresql" and (db.dialect.server_version_info or (0,)) >= (18,)
 
 
+def expect_many(db: Connection) -> None:
+    """Let SQLite keep 32 MiB of pages in memory on this connection, and not 2, as its index is changed all over."""
+    if db.dialect.name == "sqlite":
+        db.execute(text("PRAGMA cache_size = -32768"))
+
+
 def wait_for_writers(db: Connection) -> None:
     """Wait until every transaction that has written something by now has ended, so that it can be read or never was."""
     if db.dialect.name == "postgresql":  # SQLite has one at a time, which nobody overtakes
@@ -423,9 +429,7 @@ def _engine(url: str, busy_timeout: float) -> Engine:
 def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself: _begin_in_sqlite does
     connection.execute(f"PRAGMA busy_timeout = {busy_timeout * 1000:.0f}")
-    # Why so much: docs/performance.md. The cache is each connection's, and grows to that only where it is needed.
-    connection.execute("PRAGMA page_size = 8192")  # bytes, of a new file
-    connection.execute("PRAGMA cache_size = -32768")  # KiB
+    connection.execute("PRAGMA page_size = 8192")  # bytes, of a new file; docs/performance.md says why so many
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
     connection.execute("PRAGMA foreign_keys = ON")
     connection.text_factory = methodcaller("decode", "utf-8", "rebind.lenient")
