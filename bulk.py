@@ -17,9 +17,12 @@ from sqlalchemy import (
     FromClause,
     Insert,
     MetaData,
+    Row,
     Select,
     Table,
     Text,
+    Update,
+    bindparam,
     cast,
     column,
     func,
@@ -28,9 +31,11 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
+    true,
     update,
 )
 
+from sqlfunctions import octets
 from store import (
     MAX_NAME,
     TOO_LONG,
@@ -38,33 +43,28 @@ from store import (
     Name,
     StoreRefused,
     in_queues,
-    limit_of_names,
     log,
     messages,
     messages_queue_due,
-    octets,
     returns_old,
 )
+
+BATCH = 500  # messages or records that are in memory at once
 
 Values = Mapping[str, Any]
 """What to set or write, by column."""
 
 OF_MESSAGE = [column.name for column in log.c if column.name in messages.c and column.name != "key"]
 OF_REBIND = ["type", "event_time", "nodeid", "rebind_id", "reason", "actor"]  # with the old queue, a record's others
-# The messages that a rebind handles, for the length of its transaction: what they are is decided once, when it starts.
+
+# In SQLite, the messages that the event is called with, for the length of its transaction: what they are is decided
+# once, when it starts, though a message may move to a queue that is still to be read.
 marked = Table(
     "marked",
     MetaData(),
     Column("key", Key, primary_key=True, autoincrement=False),
     Column("queue", Name, nullable=False),
-    Column("new_queue", Name, nullable=False),
-    limit_of_names("new_queue"),
     prefixes=["TEMPORARY"],
-)
-
-# What a trigger of SQLite's knows of the rebind.
-rebinding = Table(
-    "rebinding", MetaData(), *(Column(name, log.c[name].type) for name in OF_REBIND), prefixes=["TEMPORARY"]
 )
 
 
@@ -79,6 +79,12 @@ class Change(NamedTuple):
     due: float
     """In seconds since 1970."""
     key: int
+    """Which message it is."""
+    old_queue: str
+    """Where it is until then."""
+
+
+TO_SET = Change._fields[:-2]
 
 
 @dataclass(frozen=True)
@@ -96,33 +102,32 @@ class Matching:
         return found if self.limit is None else found.order_by(messages.c.due, messages.c.key).limit(self.limit)
 
 
-def matching(db: Connection, names: Sequence[str], limit: int | None) -> Matching:
-    """The messages in the queues `names`, or at most `limit` of them."""
-    where = in_queues(db, messages.c.queue, names)
+def matching(db: Connection, names: Sequence[str] | None, limit: int | None) -> Matching:
+    """The messages in the queues `names`, None being all queues, or at most `limit` of them."""
+    where = true() if names is None else in_queues(db, messages.c.queue, names)
     if db.dialect.name == "postgresql":
         return Matching(where, limit, are_most=False)
-    found = db.scalar(select(func.count()).where(where)) or 0
+    found = db.scalar(select(func.count(messages.c.key)).where(where)) or 0
     ends = select(func.min(messages.c.key)).scalar_subquery(), select(func.max(messages.c.key)).scalar_subquery()
     span = db.scalar(select(ends[1] - ends[0])) or 0
     are_most = 2 * min(found, limit or found) > span
-    if are_most and limit is None:
+    if are_most and limit is None and names is not None:
         where = in_queues(db, messages.c.queue + "", names)  # not by the index, which leads all over the table
     return Matching(where, limit, are_most)
 
 
 def count(db: Connection, found: Matching, new_queue: ColumnElement[str]) -> tuple[int, int]:
-    """How many messages there are, and how many of them are in another queue than `new_queue`."""
+    """How many messages there are, and how many of them are in another queue than `new_queue`.
+
+    Raises StoreRefused where the table would, if `new_queue` were set.
+    """
     each = found.select(messages.c.queue, new_queue.label("new_queue")).subquery()
     moved = func.count().filter(each.c.queue != each.c.new_queue)
-    matched, moving = db.execute(select(func.count(), moved).select_from(each)).one()
-    return matched, moving
-
-
-def refuse_too_long(db: Connection, found: Matching, new_queue: ColumnElement[str]) -> None:
-    """Raise StoreRefused where the table would, if `new_queue` were set."""
-    each = found.select(octets(new_queue).label("octets")).subquery()
-    if (db.scalar(select(func.max(each.c.octets))) or 0) > MAX_NAME:
+    longest = func.max(octets(each.c.new_queue))
+    matched, moving, length = db.execute(select(func.count(), moved, longest).select_from(each)).one()
+    if matched and length > MAX_NAME:
         raise StoreRefused(TOO_LONG)
+    return matched, moving
 
 
 def change(
@@ -136,38 +141,50 @@ def change(
     """Set values in each message, and write a record of each, if there is one to write.
 
     values: what to set, by the name of its new queue, or None where no message moves.
-    moving: whether it is to be expected that most will move, and dear to find out how many before it is done.
+    moving: whether it is to be expected that most will move.
     Returns how many messages there were, and how many moved.
     """
-    if db.dialect.name == "sqlite":
-        if moving:
-            with _counted(db) as moved:
-                return _change_in_sqlite(db, found, values(new_queue), record), moved()
-        to_move = count(db, found, new_queue)[1]
-        # To set `queue` and `due` to what they are would cost as much as to change them, for the sake of their index.
-        return _change_in_sqlite(db, found, values(new_queue if to_move else None), record), to_move
-    if found.limit is None and returns_old(db):
-        return _change_in_one_statement(db, found, values(new_queue), record)
-    with mark(db, found, new_queue) as matched:
-        db.execute(update(messages).where(messages.c.key == marked.c.key).values(values(marked.c.new_queue)))
-        record_marked(db, record)
-        return matched, db.scalar(select(func.count()).where(marked.c.queue != marked.c.new_queue)) or 0
+    if db.dialect.name == "postgresql":
+        return _change_in_postgresql(db, found, values(new_queue), record)
+    if moving:
+        with _counted(db) as moved:
+            return _change_in_sqlite(db, found, values(new_queue), record), moved()
+    to_move = count(db, found, new_queue)[1]
+    # To set `queue` and `due` to what they are would cost as much as to change them, for the sake of their index.
+    return _change_in_sqlite(db, found, values(new_queue if to_move else None), record), to_move
 
 
-def _change_in_one_statement(db: Connection, found: Matching, values: Values, record: Values | None) -> tuple[int, int]:
-    """In PostgreSQL 18: a message that another transaction has changed meanwhile is looked at again, as it is now.
+def _change_in_postgresql(db: Connection, found: Matching, values: Values, record: Values | None) -> tuple[int, int]:
+    """In one statement: a message that another transaction has changed meanwhile is looked at again, as it is now.
 
     They are locked as they come: where a worker locks several in another order, the database ends one of the two.
     """
-    old_queue = literal_column("old.queue", messages.c.queue.type).label("old_queue")
-    returned = [messages.c[name] for name in OF_MESSAGE]
-    changed = update(messages).where(found.where).values(values).returning(*returned, old_queue).cte("changed")
+    old_queue: ColumnElement[str] = literal_column("old.queue", messages.c.queue.type)
+    where = found.where
+    if found.limit is not None or not returns_old(db):
+        columns = (messages.c.key, messages.c.queue)
+        locked = found.select(*columns).with_for_update(key_share=True, of=messages).cte("locked")
+        where, old_queue = messages.c.key == locked.c.key, locked.c.queue
+    changed = _changed(update(messages).where(where).values(values), old_queue)
     moved = func.count().filter(changed.c.queue != changed.c.old_queue)
     counts = select(func.count(), moved).select_from(changed)
     if record is not None:
         counts = counts.add_cte(_records(changed.c, changed.c.old_queue, changed, record).cte("records"))
     matched, moving = db.execute(counts).one()
     return matched, moving
+
+
+def _changed(changing: Update, old_queue: ColumnElement[str]) -> Any:
+    """What PostgreSQL's UPDATE leaves, with the queue in which each message was."""
+    columns = [messages.c[name] for name in OF_MESSAGE]
+    return changing.returning(*columns, old_queue.label("old_queue")).cte("changed")
+
+
+def _records(message: Any, old_queue: ColumnElement[str], each: FromClause, record: Values) -> Insert:
+    """Write a record of each message in `each`; the columns of `message` have what is the message's."""
+    columns = {name: message[name] for name in OF_MESSAGE} | {"old_queue": old_queue}
+    columns |= {name: literal(record[name], log.c[name].type) for name in OF_REBIND}
+    return insert(log).from_select(list(columns), select(*columns.values()).select_from(each))
 
 
 def _change_in_sqlite(db: Connection, found: Matching, values: Values, record: Values | None) -> int:
@@ -178,7 +195,7 @@ def _change_in_sqlite(db: Connection, found: Matching, values: Values, record: V
     # With nothing to set a message is written all the same, for its record.
     values = values or {"meta": messages.c.meta}
     statement = update(messages).where(where).values(values)
-    with _recorded(db, record, values), index_aside(db, found.are_most and "due" in values):
+    with _recorded(db, record, values), _index_aside(db, found.are_most and "due" in values):
         changed: CursorResult[Any] = db.execute(statement)
         return changed.rowcount
 
@@ -207,20 +224,19 @@ def _recorded(db: Connection, record: Values | None, changed: Iterable[str]) -> 
     if record is None:
         yield
         return
-    columns = ", ".join([*OF_MESSAGE, "old_queue", *OF_REBIND])
-    values = ", ".join([*("new." + name for name in OF_MESSAGE), "old.queue", *OF_REBIND])
-    insertion = f"INSERT INTO log ({columns}) SELECT {values} FROM rebinding"  # noqa: S608
-    rebinding.create(db)
-    db.execute(insert(rebinding).values(**record))
+    values: dict[str, Any] = {name: literal_column(f"new.{name}") for name in OF_MESSAGE}
+    values |= {"old_queue": literal_column("old.queue")}
+    values |= {name: literal(record[name], log.c[name].type) for name in OF_REBIND}
+    # A trigger has no parameters: what it writes stands in it, quoted by SQLAlchemy.
+    insertion = insert(log).values(values).compile(db, compile_kwargs={"literal_binds": True})
     update_of_them = f"UPDATE OF {', '.join(changed)} ON main.messages"
-    db.execute(text(f"CREATE TEMPORARY TRIGGER write_record AFTER {update_of_them} BEGIN {insertion}; END"))
+    db.exec_driver_sql(f"CREATE TEMPORARY TRIGGER write_record AFTER {update_of_them} BEGIN {insertion}; END")
     yield
-    db.execute(text("DROP TRIGGER write_record"))
-    rebinding.drop(db)
+    db.exec_driver_sql("DROP TRIGGER write_record")
 
 
 @contextmanager
-def index_aside(db: Connection, aside: bool) -> Iterator[None]:
+def _index_aside(db: Connection, aside: bool) -> Iterator[None]:
     """Build the index of the queues anew, rather than change most of its entries one by one, all over it.
 
     Everybody else sees it as it was, until the transaction ends, and then as it is.
@@ -232,45 +248,80 @@ def index_aside(db: Connection, aside: bool) -> Iterator[None]:
         messages_queue_due.create(db)
 
 
-@contextmanager
-def mark(db: Connection, found: Matching, new_queue: ColumnElement[str], lock: bool = True) -> Iterator[int]:
-    """Write the messages down in `marked`, with their new queues, and lock them if asked to. Gives their number."""
+def each_message(db: Connection, found: Matching, columns: Sequence[ColumnElement[Any]]) -> Iterator[Row[Any]]:
+    """These columns of each message, in any order, in a transaction that changes nothing."""
+    for rows in _batches(db, found.select(*columns)):
+        yield from rows
+
+
+def change_each(
+    db: Connection,
+    found: Matching,
+    columns: Sequence[ColumnElement[Any]],
+    decide: Callable[[Row[Any]], Change],
+    record: Values | None,
+) -> None:
+    """Make each message what `decide` says, and write a record of each, if there is one to write.
+
+    decide: is called with these columns of each message, once, in any order.
+    """
+    if db.dialect.name == "postgresql":
+        _change_each_in_postgresql(db, found, columns, decide, record)
+    else:
+        _change_each_in_sqlite(db, found, columns, decide, record)
+
+
+def _change_each_in_postgresql(
+    db: Connection,
+    found: Matching,
+    columns: Sequence[ColumnElement[Any]],
+    decide: Callable[[Row[Any]], Change],
+    record: Values | None,
+) -> None:
+    """A cursor finds what was there when it was opened, and not what this transaction has made of it since."""
+    # Text, cast there: what JSON cannot say, such as an infinite `due`, passes too.
+    each = func.json_to_recordset(bindparam("changes", type_=JSON)).table_valued(
+        *(column(name, Text()) for name in Change._fields)
+    )
+    to = each.render_derived(with_types=True).c
+    new = {name: cast(to[name], messages.c[name].type) for name in TO_SET}
+    statement: Any = update(messages).where(messages.c.key == cast(to.key, Key)).values(new)
+    if record is not None:
+        changed = _changed(statement, to.old_queue)
+        statement = _records(changed.c, changed.c.old_queue, changed, record)
+    db.execute(text("SET LOCAL cursor_tuple_fraction = 1"))  # it is read to its end
+    for rows in _batches(db, found.select(*columns).with_for_update(key_share=True, of=messages)):
+        changes = [dict(zip(Change._fields, map(str, decide(row)), strict=True)) for row in rows]
+        db.execute(statement, {"changes": changes})
+
+
+def _change_each_in_sqlite(
+    db: Connection,
+    found: Matching,
+    columns: Sequence[ColumnElement[Any]],
+    decide: Callable[[Row[Any]], Change],
+    record: Values | None,
+) -> None:
+    """What is still to be read must not be found by an index that changes meanwhile: it is written down before."""
     marked.create(db)
     # In the order of keys, but not by their index where that would read every message to find those of a few queues.
     order = messages.c.key if found.are_most else messages.c.key + 0
-    each = found.select(messages.c.key, messages.c.queue, new_queue).order_by(order)
-    if lock:
-        each = each.with_for_update(key_share=True, of=messages)
-    db.execute(insert(marked).from_select(["key", "queue", "new_queue"], each))
+    db.execute(
+        insert(marked).from_select(["key", "queue"], found.select(messages.c.key, messages.c.queue).order_by(order))
+    )
     db.execute(text("ANALYZE marked"))  # or the planner, which knows nothing of it, may start from all the messages
-    yield db.scalar(select(func.count()).select_from(marked)) or 0
+    # By the driver itself: SQLAlchemy would take longer to bind the values than the database to write them.
+    statement = f"UPDATE messages SET {', '.join(f'{name} = ?' for name in TO_SET)} WHERE key = ?"  # noqa: S608
+    each = select(*columns).join(marked, messages.c.key == marked.c.key).order_by(marked.c.key)
+    with _index_aside(db, found.are_most):
+        for rows in _batches(db, each):
+            db.exec_driver_sql(statement, [decide(row)[:-1] for row in rows])
+    if record is not None:
+        message = marked.join(messages, messages.c.key == marked.c.key)
+        db.execute(_records(messages.c, marked.c.queue, message, record))
     marked.drop(db)
 
 
-def change_each(db: Connection, changes: list[Change]) -> None:
-    """Make each message what it is to be."""
-    to_set = [name for name in Change._fields if name != "key"]
-    if db.dialect.name == "sqlite":
-        # By the driver itself: SQLAlchemy would take longer to bind the values than the database to write them.
-        columns = ", ".join(f"{name} = ?" for name in to_set)
-        db.exec_driver_sql(f"UPDATE messages SET {columns} WHERE key = ?", changes)  # noqa: S608
-        return
-    # Text, cast there: what JSON cannot say, such as an infinite `due`, passes too.
-    rows = literal([change._asdict() | {"due": str(change.due)} for change in changes], JSON)
-    each = func.json_to_recordset(rows).table_valued(*(column(name, Text()) for name in Change._fields))
-    new = {name: cast(value, messages.c[name].type) for name, value in each.render_derived(with_types=True).c.items()}
-    db.execute(update(messages).where(messages.c.key == new.pop("key")).values(new))
-
-
-def record_marked(db: Connection, record: Values | None) -> None:
-    """Write a record of each message in `marked`, as the message is now, if there is one to write."""
-    if record is not None:
-        each = marked.join(messages, messages.c.key == marked.c.key)
-        db.execute(_records(messages.c, marked.c.queue, each, record))
-
-
-def _records(message: Any, old_queue: ColumnElement[str], each: FromClause, record: Values) -> Insert:
-    """Write a record of each message in `each`; the columns of `message` have what is the message's."""
-    columns = {name: message[name] for name in OF_MESSAGE} | {"old_queue": old_queue}
-    columns |= {name: literal(record[name], log.c[name].type) for name in OF_REBIND}
-    return insert(log).from_select(list(columns), select(*columns.values()).select_from(each))
+def _batches(db: Connection, statement: Select[Any]) -> Iterator[Sequence[Row[Any]]]:
+    """What it finds, so many at a time."""
+    return db.execute(statement, execution_options={"yield_per": BATCH}).partitions()

@@ -13,25 +13,13 @@ from itertools import islice
 from typing import Any
 
 from blinker import ANY, Signal
-from sqlalchemy import CTE, ColumnElement, Connection, case, func, insert, literal, select
+from sqlalchemy import CTE, ColumnElement, Connection, Row, case, func, insert, literal, select
 
-from bulk import (
-    Change,
-    Matching,
-    Values,
-    change,
-    change_each,
-    count,
-    index_aside,
-    mark,
-    marked,
-    matching,
-    record_marked,
-    refuse_too_long,
-)
+from bulk import BATCH, Change, Matching, Values, change, change_each, count, each_message, matching
 from deliverylog import NODEID, record
 from mail import Message, NewMessage, check_text, domain_of, meta_json
-from names import QueueName, named_by_parts, new_name, queue_name
+from names import QueueName, new_name, queue_name, renames
+from sqlfunctions import json_list, merge
 from store import (
     MAX_NAME,
     TOO_LONG,
@@ -40,16 +28,13 @@ from store import (
     StoreRefused,
     contents,
     expect_many,
-    json_list,
     log,
-    merge,
     messages,
     recipient_text,
     take_turns,
     wait_for_writers,
 )
 
-BATCH = 500  # messages or records that are in memory at once
 ATTEMPTS = 3  # at a rebind, where another transaction that locks the same messages in another order is in the way
 
 
@@ -73,6 +58,11 @@ class RebindRequest:
     """Make every matched message due now, not only those whose queue changed."""
     suppress_logging: bool = False
     """Write no AdminRebind records."""
+
+    @property
+    def matches_all(self) -> bool:
+        """Whether there is no criterion."""
+        return self.campaign is self.tenant is self.domain is self.routing_domain is None
 
     def matches(self, name: QueueName) -> bool:
         """Whether each criterion that is given equals that part of the queue's name."""
@@ -194,13 +184,14 @@ class QueueRegistry:
         with self.database.read() as db:
             names = matching_queues(db, request)
             if names and dry_run:
-                matched, moved = _rehearse(db, request, matching(db, names, limit))
+                matched, moved = _rehearse(db, request, _matching(db, request, names, limit))
         if names and not dry_run:
             with self.database.write() as db:
                 take_turns(db)
                 expect_many(db)
                 if names := matching_queues(db, request):
-                    matched, moved = _change(db, request, matching(db, names, limit), rebind_id, actor)
+                    found = _matching(db, request, names, limit)
+                    matched, moved = _change(db, request, found, rebind_id, actor)
         return RebindResult(rebind_id, matched, moved, matched if request.always_flush else moved)
 
     def load(self, new: Iterable[NewMessage]) -> tuple[int, int]:
@@ -255,8 +246,8 @@ class QueueRegistry:
 def _loose_index_scan() -> CTE:
     """The queues' names, each found from the one before: the last is NULL."""
     first = select(func.min(messages.c.queue).label("queue")).cte("names", recursive=True)
-    following = select(func.min(messages.c.queue)).where(messages.c.queue > first.c.queue).scalar_subquery()
-    return first.union_all(select(following).where(first.c.queue.is_not(None)))
+    following = select(messages.c.queue).where(messages.c.queue > first.c.queue).order_by(messages.c.queue).limit(1)
+    return first.union_all(select(following.scalar_subquery()).where(first.c.queue.is_not(None)))
 
 
 _names = _loose_index_scan()
@@ -281,13 +272,18 @@ def matching_queues(db: Connection, request: RebindRequest) -> list[str]:
     return [name for name in queue_names(db) if request.matches(QueueName.parse(name))]
 
 
+def _matching(db: Connection, request: RebindRequest, names: list[str], limit: int | None) -> Matching:
+    return matching(db, None if request.matches_all else names, limit)
+
+
 def _rehearse(db: Connection, request: RebindRequest, found: Matching) -> tuple[int, int]:
     """How many messages would be handled, and how many would move."""
     if not request.trigger_rebind_event:
-        refuse_too_long(db, found, new_name(request.data))
         return count(db, found, new_name(request.data))
-    with mark(db, found, messages.c.queue, lock=False) as matched:
-        return matched, _call_handlers(db, request, now=None)
+    event = _Event(request, time.time())
+    for message in each_message(db, found, _Event.columns):
+        event.decide(message)
+    return event.matched, event.moved
 
 
 def _change(db: Connection, request: RebindRequest, found: Matching, rebind_id: str, actor: str) -> tuple[int, int]:
@@ -298,11 +294,9 @@ def _change(db: Connection, request: RebindRequest, found: Matching, rebind_id: 
         of_rebind |= {"rebind_id": rebind_id, "reason": request.reason, "actor": actor}
     if not request.trigger_rebind_event:
         return _set_data(db, request, found, now, of_rebind)
-    with mark(db, found, messages.c.queue) as matched:
-        with index_aside(db, found.are_most):
-            moved = _call_handlers(db, request, now)
-        record_marked(db, of_rebind)
-        return matched, moved
+    event = _Event(request, now)
+    change_each(db, found, _Event.columns, event.decide, of_rebind)
+    return event.matched, event.moved
 
 
 def _set_data(
@@ -320,37 +314,34 @@ def _set_data(
             changes["meta"] = merge(messages.c.meta, literal(request.data, messages.c.meta.type))
         return changes
 
-    return change(db, found, new_name(request.data), values, of_rebind, named_by_parts(request.data))
+    return change(db, found, new_name(request.data), values, of_rebind, renames(request.data))
 
 
-def _call_handlers(db: Connection, request: RebindRequest, now: float | None) -> int:
-    """Let the event's handlers decide what becomes of each marked message. Returns how many moved.
+class _Event:
+    """One time that the event is triggered: what its handlers make of each message, and how many there were."""
 
-    now: what it is, in seconds since 1970; None changes nothing.
-    """
-    moved, handlers = 0, _handlers()
-    columns = [messages.c[name] for name in Message.__slots__]
-    each = select(*columns, marked.c.key).join(marked, messages.c.key == marked.c.key)
-    stream = db.execute(each.order_by(marked.c.key), execution_options={"yield_per": BATCH})
-    for rows in stream.partitions():
-        changes: list[Change] = []
+    columns = [*(messages.c[name] for name in Message.__slots__), messages.c.key]
+
+    def __init__(self, request: RebindRequest, now: float) -> None:
+        self.matched = self.moved = 0
+        self._request, self._now, self._handlers = request, now, _handlers()
+
+    def decide(self, row: Row[Any]) -> Change:
+        """Call the handlers with the message in `row`. Raises HandlerFailed and StoreRefused."""
         fields: list[Any]
-        for *fields, key in rows:
-            message = Message(*fields)
-            old_queue, old_due = message.queue, message.due
-            domain, meta = _decide(message, handlers, request.data)
-            queue = queue_name(message.meta, domain)
-            if len(queue.encode()) > MAX_NAME:  # the table refuses it too, but not in a dry run
-                raise StoreRefused(TOO_LONG)
-            moves = queue != old_queue
-            moved += moves
-            if now is not None:
-                due = now if request.always_flush or moves else old_due
-                to = recipient_text(message.recipient)
-                changes.append(Change(message.sender, to, domain, meta, queue, due, key))
-        if changes:
-            change_each(db, changes)
-    return moved
+        *fields, key = row
+        message = Message(*fields)
+        old_queue, due = message.queue, message.due
+        domain, meta = _decide(message, self._handlers, self._request.data)
+        queue = queue_name(message.meta, domain)
+        if len(queue.encode()) > MAX_NAME:  # the table refuses it too, but not in a dry run
+            raise StoreRefused(TOO_LONG)
+        self.matched += 1
+        self.moved += queue != old_queue
+        if self._request.always_flush or queue != old_queue:
+            due = self._now
+        to = recipient_text(message.recipient)
+        return Change(message.sender, to, domain, meta, queue, due, key, old_queue)
 
 
 def _handlers() -> list[Callable[..., object]]:

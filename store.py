@@ -45,11 +45,10 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from mail import from_json, to_json
+from sqlfunctions import octets
 
 MAX_NAME = 2000  # bytes of a queue's name: what an index of PostgreSQL takes, with room to spare
 TOO_LONG = f"the name of a queue is longer than {MAX_NAME} bytes"
@@ -110,28 +109,6 @@ Name = Text().with_variant(Text(collation="C"), "postgresql")  # ordered by its 
 metadata = MetaData()
 
 
-class octets(FunctionElement[int]):
-    """`octets(text)`: how many bytes it has in UTF-8."""
-
-    type = Integer()
-    inherit_cache = True
-
-
-@compiles(octets, "sqlite")
-def _octets_in_sqlite(element: octets, compiler: Any, **kw: Any) -> str:
-    return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
-
-
-@compiles(octets, "postgresql")
-def _octets_in_postgresql(element: octets, compiler: Any, **kw: Any) -> str:
-    return f"octet_length({compiler.process(element.clauses, **kw)})"
-
-
-def limit_of_names(name: str) -> CheckConstraint:
-    """The constraint that the name of a queue, in this column, has at most MAX_NAME bytes."""
-    return CheckConstraint(octets(column(name)) <= literal_column(str(MAX_NAME)), name="queue_length")
-
-
 messages = Table(
     "messages",
     metadata,
@@ -151,7 +128,7 @@ messages = Table(
         dialect="sqlite"
     ),
     CheckConstraint("jsonb_typeof(meta) = 'object'", name="meta_is_object").ddl_if(dialect="postgresql"),
-    limit_of_names("queue"),
+    CheckConstraint(octets(column("queue")) <= literal_column(str(MAX_NAME)), name="queue_length"),
     Index("messages_id", "id", unique=True, postgresql_with=ROOM),
     postgresql_with=ROOM,
 )
@@ -198,67 +175,6 @@ log = Table(
     Column("details", Document),
     sqlite_autoincrement=True,  # a key is never used again, so that a reader who holds one misses nothing
 )
-
-
-class merge(FunctionElement[Any]):
-    """`merge(meta, data)`: `meta` with every key of `data` set, over any earlier value."""
-
-    name = "merge"
-    type = Document
-    inherit_cache = True
-
-
-@compiles(merge, "sqlite")
-def _merge_in_sqlite(element: merge, compiler: Any, **kw: Any) -> str:
-    # RFC 7396: where no value of the patch is null or an object, as in `data`, it sets each key and no more.
-    return f"json_patch({compiler.process(element.clauses, **kw)})"
-
-
-@compiles(merge, "postgresql")
-def _merge_in_postgresql(element: merge, compiler: Any, **kw: Any) -> str:
-    meta, data = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"({meta} || {data})"
-
-
-class meta_text(FunctionElement[str]):
-    """`meta_text(meta, key)`: the string at `key`, or NULL where there is none, or a value that is no string."""
-
-    name = "meta_text"
-    type = Text()
-    inherit_cache = True
-
-    def __init__(self, meta: ColumnElement[Any], key: str) -> None:
-        # As they stand: SQLite would put a path together from parameters each time, which is as dear as to follow it.
-        super().__init__(meta, literal_column(f"'{key}'"), literal_column(f"'$.{key}'"))
-
-
-@compiles(meta_text, "sqlite")
-def _meta_text_in_sqlite(element: meta_text, compiler: Any, **kw: Any) -> str:
-    meta, _, path = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"CASE json_type({meta}, {path}) WHEN 'text' THEN json_extract({meta}, {path}) END"
-
-
-@compiles(meta_text, "postgresql")
-def _meta_text_in_postgresql(element: meta_text, compiler: Any, **kw: Any) -> str:
-    meta, key, _ = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"CASE jsonb_typeof({meta} -> {key}) WHEN 'string' THEN {meta} ->> {key} END"
-
-
-class json_list(FunctionElement[list[str]]):
-    """`json_list(text)`: the texts of all rows as one list, which is one row to fetch."""
-
-    type = JSON()
-    inherit_cache = True
-
-
-@compiles(json_list, "sqlite")
-def _json_list_in_sqlite(element: json_list, compiler: Any, **kw: Any) -> str:
-    return f"json_group_array({compiler.process(element.clauses, **kw)})"
-
-
-@compiles(json_list, "postgresql")
-def _json_list_in_postgresql(element: json_list, compiler: Any, **kw: Any) -> str:
-    return f"coalesce(json_agg({compiler.process(element.clauses, **kw)}), '[]')"
 
 
 def in_queues(db: Connection, queue: ColumnElement[str], names: Sequence[str]) -> ColumnElement[bool]:
@@ -417,6 +333,7 @@ def _engine(url: str, busy_timeout: float) -> Engine:
         engine = create_engine(
             url,
             json_serializer=to_json,
+            json_deserializer=lambda text: from_json(text.decode()),
             isolation_level="READ COMMITTED",
             pool_pre_ping=True,  # a connection that was cut is replaced before it is used
             connect_args={"connect_timeout": max(2, int(busy_timeout))},  # libpq takes no less

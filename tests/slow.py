@@ -10,7 +10,8 @@ from typing import Any
 import requests
 from conftest import ROOT, message, until
 
-from queues import BATCH, QueueRegistry
+from bulk import BATCH
+from queues import QueueRegistry
 
 POLICY = str(ROOT / "tests" / "slow_policy.py")
 MESSAGES = BATCH + 2  # the first batch is written, and the second is not, when the handler waits

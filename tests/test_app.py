@@ -18,8 +18,9 @@ from conftest import PATH, Service, launch, logged, message, start_service, stop
 from sqlalchemy import create_engine, make_url, text
 
 from app import create_app
+from bulk import BATCH
 from policy import PolicyError
-from queues import BATCH, QueueRegistry
+from queues import QueueRegistry
 from store import MAX_NAME, StoreUnusable
 
 MIB = 1024 * 1024
@@ -280,7 +281,8 @@ def test_a_record_is_written_of_each_matched_message_moved_or_not(
     queues: QueueRegistry, url: str, service: Service
 ) -> None:
     queues.load([message(meta={"queue": "a"}), message(meta={"queue": "b"}), message(meta={"queue": "c"})])
-    response = service.rebind(data={"queue": "b"}, reason="Cleaning up “a” 'n' \"c\"")
+    reason = "Cleaning up “a” 'n' \"c\"; :actor ? %s \\'\n-- END"
+    response = service.rebind(data={"queue": "b"}, reason=reason)
     assert [
         {k: record[k] for k in ("type", "queue", "old_queue", "reason", "actor", "rebind_id", "meta")}
         for record in logged(url)
@@ -289,7 +291,7 @@ def test_a_record_is_written_of_each_matched_message_moved_or_not(
             "type": "AdminRebind",
             "queue": "b",
             "old_queue": old,
-            "reason": "Cleaning up “a” 'n' \"c\"",
+            "reason": reason,
             "actor": "127.0.0.1",
             "rebind_id": response.headers["Rebind-Id"],
             "meta": {"queue": "b"},

@@ -93,6 +93,27 @@ def test_most_messages_and_a_few_are_changed_alike_in_every_way(
     assert described(bystanding, "queue", "meta", "due") == [("other.example", {}, 1e9)] * bystanders
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["", "older PostgreSQL"])
+@pytest.mark.parametrize("limit", [None, 1, 2, 9])
+def test_without_a_criterion_every_message_is_changed_or_those_due_soonest(
+    queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch, older: bool, limit: int | None
+) -> None:
+    if older:
+        monkeypatch.setattr(bulk, "returns_old", lambda _: False)
+    recipients = ("ada@c.example", "ada@b.example", "ada@a.example")
+    queues.load([message(recipient, due=due) for recipient, due in zip(recipients, (3.0, 1.0, 2.0), strict=True)])
+    rebound = RebindRequest("a test", {"queue": "b"})
+    soonest = [2, 0, 1]
+    changed = [limit is None or rank < limit for rank in soonest]
+    for dry_run in (True, False):
+        assert queues.rebind(rebound, actor="me", dry_run=dry_run, limit=limit).moved == sum(changed)
+    old = ["c.example", "b.example", "a.example"]
+    assert described(stored(url), "queue") == [
+        ("b",) if new else (name,) for new, name in zip(changed, old, strict=True)
+    ]
+    assert described(logged(url), "old_queue") == [(name,) for new, name in zip(changed, old, strict=True) if new]
+
+
 def test_a_message_in_a_queue_that_is_not_its_own_moves_when_other_metadata_is_set(
     queues: QueueRegistry, url: str
 ) -> None:

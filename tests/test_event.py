@@ -12,8 +12,9 @@ from conftest import logged, look, message, stored
 from sqlalchemy import text
 
 import policy
+from bulk import BATCH
 from mail import Message
-from queues import BATCH, HandlerFailed, NoHandler, QueueRegistry, RebindRequest, RebindResult, rebind
+from queues import HandlerFailed, NoHandler, QueueRegistry, RebindRequest, RebindResult, rebind
 
 Handler = Callable[..., object]
 

@@ -34,8 +34,9 @@ from sqlalchemy import Engine, event, make_url, select, text
 from sqlalchemy.exc import OperationalError
 
 import store
+from bulk import BATCH
 from mail import Message
-from queues import BATCH, QueueRegistry, RebindRequest, RebindResult, rebind
+from queues import QueueRegistry, RebindRequest, RebindResult, rebind
 from store import StoreUnavailable
 
 SEED = 11
@@ -415,7 +416,7 @@ def tablespace(url: str, disk: Path) -> Iterator[str]:
 def test_a_full_disk_is_503_and_works_again_when_there_is_room(
     small_disk: tuple[str, Path], queues: QueueRegistry, start: Start, tmp_path: Path
 ) -> None:
-    """At one moment after another: between two batches of the event, and with less room each time."""
+    """At one moment after another: before the event's first batch is written, and with less room each time."""
     url, disk = small_disk
     queues.bind(url, busy_timeout=30)
     before = fill(queues, url)
@@ -424,7 +425,7 @@ def test_a_full_disk_is_503_and_works_again_when_there_is_room(
     for room in (300_000, 0):
         folder = tmp_path / f"{room}"
         folder.mkdir()
-        with held(service, folder, before, at=dice.randrange(MESSAGES), reason=LONG) as answer:
+        with held(service, folder, before, at=dice.randrange(BATCH), reason=LONG) as answer:
             fill_up(disk, room)
             (folder / "go").touch()
             refused(answer.result())
