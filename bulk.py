@@ -121,7 +121,10 @@ def count(db: Connection, found: Matching, new_queue: ColumnElement[str]) -> tup
 
     Raises StoreRefused where the table would, if `new_queue` were set.
     """
-    each = found.select(messages.c.queue, new_queue.label("new_queue")).subquery()
+    named = found.select(messages.c.queue, new_queue.label("new_queue"))
+    if db.dialect.name == "sqlite":
+        named = named.offset(0)  # or it would name each message as often as we look at its name
+    each = named.subquery()
     moved = func.count().filter(each.c.queue != each.c.new_queue)
     longest = func.max(octets(each.c.new_queue))
     matched, moving, length = db.execute(select(func.count(), moved, longest).select_from(each)).one()
@@ -141,7 +144,7 @@ def change(
     """Set values in each message, and write a record of each, if there is one to write.
 
     values: what to set, by the name of its new queue, or None where no message moves.
-    moving: whether it is to be expected that most will move.
+    moving: whether it is to be expected that most will move, and dear to find out how many before it is done.
     Returns how many messages there were, and how many moved.
     """
     if db.dialect.name == "postgresql":

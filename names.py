@@ -67,9 +67,9 @@ def queue_name(meta: Mapping[str, Any], domain: str) -> str:
     return str(QueueName(part("campaign"), part("tenant"), domain, part("routing_domain")))
 
 
-def renames(data: Mapping[str, str]) -> bool:
-    """Whether a message with `data` set over its metadata is in another queue, as a rule."""
-    return not data.keys().isdisjoint(("queue", "campaign", "tenant", "routing_domain"))
+def named_by_parts(data: Mapping[str, str]) -> bool:
+    """Whether a message with `data` set over its metadata has another name, as a rule, which is built from parts."""
+    return "queue" not in data and not data.keys().isdisjoint(("campaign", "tenant", "routing_domain"))
 
 
 def new_name(data: Mapping[str, str]) -> ColumnElement[str]:

@@ -18,7 +18,7 @@ from sqlalchemy import CTE, ColumnElement, Connection, Row, case, func, insert, 
 from bulk import BATCH, Change, Matching, Values, change, change_each, count, each_message, matching
 from deliverylog import NODEID, record
 from mail import Message, NewMessage, check_text, domain_of, meta_json
-from names import QueueName, new_name, queue_name, renames
+from names import QueueName, named_by_parts, new_name, queue_name
 from sqlfunctions import json_list, merge
 from store import (
     MAX_NAME,
@@ -314,7 +314,7 @@ def _set_data(
             changes["meta"] = merge(messages.c.meta, literal(request.data, messages.c.meta.type))
         return changes
 
-    return change(db, found, new_name(request.data), values, of_rebind, renames(request.data))
+    return change(db, found, new_name(request.data), values, of_rebind, named_by_parts(request.data))
 
 
 class _Event:
