@@ -3,12 +3,14 @@
 What it does to them is said in queues.py; what the ways cost, and which others were tried, in docs/performance.md.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
+    CTE,
     JSON,
     Column,
     ColumnElement,
@@ -46,7 +48,6 @@ from store import (
     log,
     messages,
     messages_queue_due,
-    returns_old,
 )
 
 BATCH = 500  # messages or records that are in memory at once
@@ -69,7 +70,7 @@ marked = Table(
 
 
 class Change(NamedTuple):
-    """What a message is to be, in the columns of these names, as they are kept."""
+    """What a message is to be, as it is kept, and which one it is."""
 
     sender: str
     recipient: str
@@ -79,12 +80,10 @@ class Change(NamedTuple):
     due: float
     """In seconds since 1970."""
     key: int
-    """Which message it is."""
     old_queue: str
-    """Where it is until then."""
 
 
-TO_SET = Change._fields[:-2]
+TO_SET = Change._fields[:-2]  # all but those that say which message it is, and where it was
 
 
 @dataclass(frozen=True)
@@ -107,13 +106,17 @@ def matching(db: Connection, names: Sequence[str] | None, limit: int | None) -> 
     where = true() if names is None else in_queues(db, messages.c.queue, names)
     if db.dialect.name == "postgresql":
         return Matching(where, limit, are_most=False)
-    found = db.scalar(select(func.count(messages.c.key)).where(where)) or 0
-    ends = select(func.min(messages.c.key)).scalar_subquery(), select(func.max(messages.c.key)).scalar_subquery()
-    span = db.scalar(select(ends[1] - ends[0])) or 0
-    are_most = 2 * min(found, limit or found) > span
-    if are_most and limit is None and names is not None:
+    if names is None and limit is None:
+        return Matching(where, limit, are_most=True)
+    found = _count(db, select(messages.c.key).where(where).limit(limit))
+    are_most = _count(db, select(messages.c.key).limit(2 * found)) < 2 * found
+    if are_most and names is not None and limit is None:
         where = in_queues(db, messages.c.queue + "", names)  # not by the index, which leads all over the table
     return Matching(where, limit, are_most)
+
+
+def _count(db: Connection, found: Select[Any]) -> int:
+    return db.scalar(select(func.count()).select_from(found.subquery())) or 0
 
 
 def count(db: Connection, found: Matching, new_queue: ColumnElement[str]) -> tuple[int, int]:
@@ -121,10 +124,8 @@ def count(db: Connection, found: Matching, new_queue: ColumnElement[str]) -> tup
 
     Raises StoreRefused where the table would, if `new_queue` were set.
     """
-    named = found.select(messages.c.queue, new_queue.label("new_queue"))
-    if db.dialect.name == "sqlite":
-        named = named.offset(0)  # or it would name each message as often as we look at its name
-    each = named.subquery()
+    # With an offset, or both databases would name a message anew at each place that looks at its name.
+    each = found.select(messages.c.queue, new_queue.label("new_queue")).offset(literal_column("0")).subquery()
     moved = func.count().filter(each.c.queue != each.c.new_queue)
     longest = func.max(octets(each.c.new_queue))
     matched, moving, length = db.execute(select(func.count(), moved, longest).select_from(each)).one()
@@ -164,7 +165,7 @@ def _change_in_postgresql(db: Connection, found: Matching, values: Values, recor
     """
     old_queue: ColumnElement[str] = literal_column("old.queue", messages.c.queue.type)
     where = found.where
-    if found.limit is not None or not returns_old(db):
+    if found.limit is not None or not _returns_old(db):
         columns = (messages.c.key, messages.c.queue)
         locked = found.select(*columns).with_for_update(key_share=True, of=messages).cte("locked")
         where, old_queue = messages.c.key == locked.c.key, locked.c.queue
@@ -177,7 +178,12 @@ def _change_in_postgresql(db: Connection, found: Matching, values: Values, recor
     return matched, moving
 
 
-def _changed(changing: Update, old_queue: ColumnElement[str]) -> Any:
+def _returns_old(db: Connection) -> bool:
+    """Whether PostgreSQL's UPDATE can return what was there before, as `old`, beside what is there now."""
+    return (db.dialect.server_version_info or (0,)) >= (18,)
+
+
+def _changed(changing: Update, old_queue: ColumnElement[str]) -> CTE:
     """What PostgreSQL's UPDATE leaves, with the queue in which each message was."""
     columns = [messages.c[name] for name in OF_MESSAGE]
     return changing.returning(*columns, old_queue.label("old_queue")).cte("changed")
@@ -253,8 +259,7 @@ def _index_aside(db: Connection, aside: bool) -> Iterator[None]:
 
 def each_message(db: Connection, found: Matching, columns: Sequence[ColumnElement[Any]]) -> Iterator[Row[Any]]:
     """These columns of each message, in any order, in a transaction that changes nothing."""
-    for rows in _batches(db, found.select(*columns)):
-        yield from rows
+    return itertools.chain.from_iterable(_batches(db, found.select(*columns)))
 
 
 def change_each(
@@ -281,7 +286,10 @@ def _change_each_in_postgresql(
     decide: Callable[[Row[Any]], Change],
     record: Values | None,
 ) -> None:
-    """A cursor finds what was there when it was opened, and not what this transaction has made of it since."""
+    """A cursor finds what was there when it was opened, and not what this transaction has made of it since.
+
+    It locks as it goes: another transaction that is in the way may end this one after handlers were called.
+    """
     # Text, cast there: what JSON cannot say, such as an infinite `due`, passes too.
     each = func.json_to_recordset(bindparam("changes", type_=JSON)).table_valued(
         *(column(name, Text()) for name in Change._fields)
@@ -292,10 +300,9 @@ def _change_each_in_postgresql(
     if record is not None:
         changed = _changed(statement, to.old_queue)
         statement = _records(changed.c, changed.c.old_queue, changed, record)
-    db.execute(text("SET LOCAL cursor_tuple_fraction = 1"))  # it is read to its end
     for rows in _batches(db, found.select(*columns).with_for_update(key_share=True, of=messages)):
-        changes = [dict(zip(Change._fields, map(str, decide(row)), strict=True)) for row in rows]
-        db.execute(statement, {"changes": changes})
+        changes = map(decide, rows)
+        db.execute(statement, {"changes": [each._asdict() | {"due": str(each.due)} for each in changes]})
 
 
 def _change_each_in_sqlite(
@@ -315,16 +322,17 @@ def _change_each_in_sqlite(
     db.execute(text("ANALYZE marked"))  # or the planner, which knows nothing of it, may start from all the messages
     # By the driver itself: SQLAlchemy would take longer to bind the values than the database to write them.
     statement = f"UPDATE messages SET {', '.join(f'{name} = ?' for name in TO_SET)} WHERE key = ?"  # noqa: S608
-    each = select(*columns).join(marked, messages.c.key == marked.c.key).order_by(marked.c.key)
+    each = marked.join(messages, messages.c.key == marked.c.key)
     with _index_aside(db, found.are_most):
-        for rows in _batches(db, each):
-            db.exec_driver_sql(statement, [decide(row)[:-1] for row in rows])
+        for rows in _batches(db, select(*columns).select_from(each).order_by(marked.c.key)):
+            db.exec_driver_sql(statement, [decide(row)[:-1] for row in rows])  # all but the old queue
     if record is not None:
-        message = marked.join(messages, messages.c.key == marked.c.key)
-        db.execute(_records(messages.c, marked.c.queue, message, record))
+        db.execute(_records(messages.c, marked.c.queue, each, record))
     marked.drop(db)
 
 
 def _batches(db: Connection, statement: Select[Any]) -> Iterator[Sequence[Row[Any]]]:
     """What it finds, so many at a time."""
+    if db.dialect.name == "postgresql":
+        db.execute(text("SET LOCAL cursor_tuple_fraction = 1"))  # to its end, for which it is to be planned
     return db.execute(statement, execution_options={"yield_per": BATCH}).partitions()

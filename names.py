@@ -68,7 +68,7 @@ def queue_name(meta: Mapping[str, Any], domain: str) -> str:
 
 
 def named_by_parts(data: Mapping[str, str]) -> bool:
-    """Whether a message with `data` set over its metadata has another name, as a rule, which is built from parts."""
+    """Whether `data` sets a part that names are built from, so that most messages have another name with it."""
     return "queue" not in data and not data.keys().isdisjoint(("campaign", "tenant", "routing_domain"))
 
 

@@ -184,14 +184,13 @@ class QueueRegistry:
         with self.database.read() as db:
             names = matching_queues(db, request)
             if names and dry_run:
-                matched, moved = _rehearse(db, request, _matching(db, request, names, limit))
+                matched, moved = _rehearse(db, request, _found(db, request, names, limit))
         if names and not dry_run:
             with self.database.write() as db:
                 take_turns(db)
                 expect_many(db)
                 if names := matching_queues(db, request):
-                    found = _matching(db, request, names, limit)
-                    matched, moved = _change(db, request, found, rebind_id, actor)
+                    matched, moved = _change(db, request, _found(db, request, names, limit), rebind_id, actor)
         return RebindResult(rebind_id, matched, moved, matched if request.always_flush else moved)
 
     def load(self, new: Iterable[NewMessage]) -> tuple[int, int]:
@@ -272,7 +271,8 @@ def matching_queues(db: Connection, request: RebindRequest) -> list[str]:
     return [name for name in queue_names(db) if request.matches(QueueName.parse(name))]
 
 
-def _matching(db: Connection, request: RebindRequest, names: list[str], limit: int | None) -> Matching:
+def _found(db: Connection, request: RebindRequest, names: list[str], limit: int | None) -> Matching:
+    """The messages in the queues `names`, which are those that match: all of them where there is no criterion."""
     return matching(db, None if request.matches_all else names, limit)
 
 

