@@ -153,7 +153,8 @@ def change(
     if moving:
         with _counted(db) as moved:
             return _change_in_sqlite(db, found, values(new_queue), record), moved()
-    to_move = count(db, found, new_queue)[1]
+    named = found.select(messages.c.queue, new_queue.label("new_queue")).subquery()
+    to_move = _count(db, select(named).where(named.c.queue != named.c.new_queue))
     # To set `queue` and `due` to what they are would cost as much as to change them, for the sake of their index.
     return _change_in_sqlite(db, found, values(new_queue if to_move else None), record), to_move
 
