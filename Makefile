@@ -12,7 +12,7 @@ run: .venv/run  ## Serve on 127.0.0.1:8000, with sample messages where there are
 test: check  ## Check the code, and run every test.
 	$(BIN)/pytest
 
-bench: .venv/dev  ## Measure it, beside bare SQL: docs/performance.json and .png. It takes two hours, and 20 GB.
+bench: .venv/dev  ## Measure it, beside bare SQL: docs/performance.json and .png. It takes an hour and a half, and 20 GB.
 	$(BIN)/python bench/run.py
 
 check: .venv/dev  ## Lint, formatting and types.
