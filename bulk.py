@@ -83,6 +83,10 @@ class Change(NamedTuple):
     old_queue: str
 
 
+Columns = Sequence[ColumnElement[Any]]
+Decide = Callable[[Row[Any]], Change]
+"""From these columns of a message."""
+
 TO_SET = Change._fields[:-2]  # all but those that say which message it is, and where it was
 
 
@@ -190,10 +194,15 @@ def _changed(changing: Update, old_queue: ColumnElement[str]) -> CTE:
     return changing.returning(*columns, old_queue.label("old_queue")).cte("changed")
 
 
+def _record(message: Any, old_queue: ColumnElement[str], record: Values) -> dict[str, ColumnElement[Any]]:
+    """A record's columns, with what is the message's from those of `message`."""
+    of_rebind = {name: literal(record[name], log.c[name].type) for name in OF_REBIND}
+    return {name: message[name] for name in OF_MESSAGE} | {"old_queue": old_queue} | of_rebind
+
+
 def _records(message: Any, old_queue: ColumnElement[str], each: FromClause, record: Values) -> Insert:
     """Write a record of each message in `each`; the columns of `message` have what is the message's."""
-    columns = {name: message[name] for name in OF_MESSAGE} | {"old_queue": old_queue}
-    columns |= {name: literal(record[name], log.c[name].type) for name in OF_REBIND}
+    columns = _record(message, old_queue, record)
     return insert(log).from_select(list(columns), select(*columns.values()).select_from(each))
 
 
@@ -234,9 +243,8 @@ def _recorded(db: Connection, record: Values | None, changed: Iterable[str]) -> 
     if record is None:
         yield
         return
-    values: dict[str, Any] = {name: literal_column(f"new.{name}") for name in OF_MESSAGE}
-    values |= {"old_queue": literal_column("old.queue")}
-    values |= {name: literal(record[name], log.c[name].type) for name in OF_REBIND}
+    message: Values = {name: literal_column(f"new.{name}") for name in OF_MESSAGE}
+    values = _record(message, literal_column("old.queue"), record)
     # A trigger has no parameters: what it writes stands in it, quoted by SQLAlchemy.
     insertion = insert(log).values(values).compile(db, compile_kwargs={"literal_binds": True})
     update_of_them = f"UPDATE OF {', '.join(changed)} ON main.messages"
@@ -258,18 +266,12 @@ def _index_aside(db: Connection, aside: bool) -> Iterator[None]:
         messages_queue_due.create(db)
 
 
-def each_message(db: Connection, found: Matching, columns: Sequence[ColumnElement[Any]]) -> Iterator[Row[Any]]:
+def each_message(db: Connection, found: Matching, columns: Columns) -> Iterator[Row[Any]]:
     """These columns of each message, in any order, in a transaction that changes nothing."""
     return itertools.chain.from_iterable(_batches(db, found.select(*columns)))
 
 
-def change_each(
-    db: Connection,
-    found: Matching,
-    columns: Sequence[ColumnElement[Any]],
-    decide: Callable[[Row[Any]], Change],
-    record: Values | None,
-) -> None:
+def change_each(db: Connection, found: Matching, columns: Columns, decide: Decide, record: Values | None) -> None:
     """Make each message what `decide` says, and write a record of each, if there is one to write.
 
     decide: is called with these columns of each message, once, in any order.
@@ -281,11 +283,7 @@ def change_each(
 
 
 def _change_each_in_postgresql(
-    db: Connection,
-    found: Matching,
-    columns: Sequence[ColumnElement[Any]],
-    decide: Callable[[Row[Any]], Change],
-    record: Values | None,
+    db: Connection, found: Matching, columns: Columns, decide: Decide, record: Values | None
 ) -> None:
     """A cursor finds what was there when it was opened, and not what this transaction has made of it since.
 
@@ -307,11 +305,7 @@ def _change_each_in_postgresql(
 
 
 def _change_each_in_sqlite(
-    db: Connection,
-    found: Matching,
-    columns: Sequence[ColumnElement[Any]],
-    decide: Callable[[Row[Any]], Change],
-    record: Values | None,
+    db: Connection, found: Matching, columns: Columns, decide: Decide, record: Values | None
 ) -> None:
     """What is still to be read must not be found by an index that changes meanwhile: it is written down before."""
     marked.create(db)
