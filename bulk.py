@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import psycopg
 from sqlalchemy import (
     CTE,
     JSON,
@@ -36,7 +37,9 @@ from sqlalchemy import (
     true,
     update,
 )
+from sqlalchemy.exc import DBAPIError
 
+from mail import to_json
 from sqlfunctions import octets
 from store import (
     MAX_NAME,
@@ -84,7 +87,7 @@ class Change(NamedTuple):
 
 
 Columns = Sequence[ColumnElement[Any]]
-Decide = Callable[[Row[Any]], Change]
+Decide = Callable[[Sequence[Any]], Change]
 """From these columns of a message."""
 
 TO_SET = Change._fields[:-2]  # all but those that say which message it is, and where it was
@@ -287,21 +290,51 @@ def _change_each_in_postgresql(
 ) -> None:
     """A cursor finds what was there when it was opened, and not what this transaction has made of it since.
 
-    It locks as it goes: another transaction that is in the way may end this one after handlers were called.
+    It locks as it goes: another transaction that is in the way may end this one after handlers were called. While
+    `decide` looks at some messages, the server changes those before and reads those after them.
     """
+    each = found.select(*columns).with_for_update(key_share=True, of=messages).compile(db)
+    _plan_to_the_end(db)
+    db.exec_driver_sql(f"DECLARE each_message CURSOR FOR {each}", each.params)
+    change_them = _changes(record).compile(db)
+    next_ones, changes = f"FETCH {BATCH} FROM each_message", "[]"
+    with _pipeline(db) as driver:
+        reading = driver.execute(next_ones)
+        while rows := reading.fetchall():
+            driver.execute(str(change_them), change_them.params | {"changes": changes})
+            reading = driver.execute(next_ones)
+            decided = (decide(row) for row in rows)
+            changes = to_json([change._asdict() | {"due": str(change.due)} for change in decided])
+        driver.execute(str(change_them), change_them.params | {"changes": changes})
+
+
+def _changes(record: Values | None) -> Update | Insert:
+    """Make messages what `changes` says, JSON of a list of Change's fields, and write a record of each if wanted."""
     # Text, cast there: what JSON cannot say, such as an infinite `due`, passes too.
     each = func.json_to_recordset(bindparam("changes", type_=JSON)).table_valued(
         *(column(name, Text()) for name in Change._fields)
     )
     to = each.render_derived(with_types=True).c
     new = {name: cast(to[name], messages.c[name].type) for name in TO_SET}
-    statement: Any = update(messages).where(messages.c.key == cast(to.key, Key)).values(new)
-    if record is not None:
-        changed = _changed(statement, to.old_queue)
-        statement = _records(changed.c, changed.c.old_queue, changed, record)
-    for rows in _batches(db, found.select(*columns).with_for_update(key_share=True, of=messages)):
-        changes = map(decide, rows)
-        db.execute(statement, {"changes": [each._asdict() | {"due": str(each.due)} for each in changes]})
+    changing = update(messages).where(messages.c.key == cast(to.key, Key)).values(new)
+    if record is None:
+        return changing
+    changed = _changed(changing, to.old_queue)
+    return _records(changed.c, changed.c.old_queue, changed, record)
+
+
+@contextmanager
+def _pipeline(db: Connection) -> Iterator[psycopg.Connection]:
+    """The driver's own connection, on which a statement does not wait for the one before it to end.
+
+    Its errors are turned into SQLAlchemy's, which has no pipeline.
+    """
+    driver: Any = db.connection.driver_connection
+    try:
+        with driver.pipeline():
+            yield driver
+    except psycopg.Error as error:
+        raise DBAPIError.instance(None, None, error, psycopg.Error) from error
 
 
 def _change_each_in_sqlite(
@@ -328,6 +361,11 @@ def _change_each_in_sqlite(
 
 def _batches(db: Connection, statement: Select[Any]) -> Iterator[Sequence[Row[Any]]]:
     """What it finds, so many at a time."""
-    if db.dialect.name == "postgresql":
-        db.execute(text("SET LOCAL cursor_tuple_fraction = 1"))  # to its end, for which it is to be planned
+    _plan_to_the_end(db)
     return db.execute(statement, execution_options={"yield_per": BATCH}).partitions()
+
+
+def _plan_to_the_end(db: Connection) -> None:
+    """Let PostgreSQL plan a cursor to be read to its end."""
+    if db.dialect.name == "postgresql":
+        db.execute(text("SET LOCAL cursor_tuple_fraction = 1"))

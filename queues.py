@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from blinker import ANY, Signal
-from sqlalchemy import CTE, ColumnElement, Connection, Row, case, func, insert, literal, select
+from sqlalchemy import CTE, ColumnElement, Connection, Text, case, func, insert, literal, select, type_coerce
 
 from bulk import BATCH, Change, Matching, Values, change, change_each, count, each_message, matching
 from deliverylog import NODEID, record
@@ -30,6 +30,7 @@ from store import (
     expect_many,
     log,
     messages,
+    recipient_of,
     recipient_text,
     take_turns,
     wait_for_writers,
@@ -320,17 +321,18 @@ def _set_data(
 class _Event:
     """One time that the event is triggered: what its handlers make of each message, and how many there were."""
 
-    columns = [*(messages.c[name] for name in Message.__slots__), messages.c.key]
+    # The recipient as it is kept: what a row that comes by the driver alone has.
+    columns = [messages.c.sender, type_coerce(messages.c.recipient, Text)]
+    columns += [messages.c[name] for name in (*Message.__slots__[2:], "key")]
 
     def __init__(self, request: RebindRequest, now: float) -> None:
         self.matched = self.moved = 0
         self._request, self._now, self._handlers = request, now, _handlers()
 
-    def decide(self, row: Row[Any]) -> Change:
+    def decide(self, row: Sequence[Any]) -> Change:
         """Call the handlers with the message in `row`. Raises HandlerFailed and StoreRefused."""
-        fields: list[Any]
-        *fields, key = row
-        message = Message(*fields)
+        sender, recipient, *fields, key = row
+        message = Message(sender, recipient_of(recipient), *fields)
         old_queue, due = message.queue, message.due
         domain, meta = _decide(message, self._handlers, self._request.data)
         queue = queue_name(message.meta, domain)

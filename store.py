@@ -92,7 +92,7 @@ class Recipient(TypeDecorator[Any]):
         return recipient_text(value) if isinstance(value, list) else value
 
     def process_result_value(self, value: str | None, dialect: Any) -> str | list[str] | None:
-        return json.loads(value) if value is not None and value.startswith("[") else value
+        return None if value is None else recipient_of(value)
 
 
 def recipient_text(value: str | list[str]) -> str:
@@ -100,6 +100,12 @@ def recipient_text(value: str | list[str]) -> str:
     if isinstance(value, str):
         return value
     return value[0] if len(value) == 1 else json.dumps(value, ensure_ascii=False)
+
+
+def recipient_of(text: str) -> str | list[str]:
+    """What `recipient_text` wrote."""
+    recipient: str | list[str] = json.loads(text) if text.startswith("[") else text
+    return recipient
 
 
 Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")

@@ -174,15 +174,24 @@ def test_a_deadlock_with_a_worker_does_not_reach_the_client(
 
 @pytest.mark.usefixtures("postgresql_only")
 def test_the_event_finds_each_message_as_a_worker_left_it(queues: QueueRegistry, url: str) -> None:
-    """It locks a message when it comes to it: one that was delivered before that is not there any more."""
-    new = [message() for _ in range(2 * BATCH)]
+    """It locks a message when it comes to it: one that was delivered before that is not there any more.
+
+    While handlers decide what a batch comes to, the server goes on to the next.
+    """
+    new = [message() for _ in range(3 * BATCH)]
     queues.load(new)
-    gone, tried = new[-1].id, new[-2].id
+    next_one, gone, tried = new[BATCH].id, new[-1].id, new[-2].id
     engine = create_engine(url)
+
+    def is_locked(id: str) -> bool:
+        with engine.connect() as db:
+            found = text("SELECT 1 FROM messages WHERE id = :id FOR UPDATE SKIP LOCKED")
+            return db.execute(found, {"id": id}).first() is None
 
     def work(message: Message, data: dict[str, str]) -> None:
         message.meta["queue"] = "new"
         if message.id == new[0].id:
+            until(lambda: is_locked(next_one))
             with engine.begin() as db:
                 db.execute(text("DELETE FROM messages WHERE id = :id"), {"id": gone})
                 db.execute(text("UPDATE messages SET num_attempts = 7 WHERE id = :id"), {"id": tried})
