@@ -33,7 +33,7 @@ def claim(count: int, lease: float) -> list[Claim]:
     """
     now = time.time()
     claims: list[Claim] = []
-    with registry.database.read() as db:
+    with registry.database.look() as db:
         names = queue_names(db, due=now)
     if not names:
         return []

@@ -13,13 +13,13 @@ from itertools import islice
 from typing import Any
 
 from blinker import ANY, Signal
-from sqlalchemy import CTE, ColumnElement, Connection, Text, case, func, insert, literal, select, type_coerce
+from sqlalchemy import CTE, ColumnElement, Connection, Text, bindparam, case, func, insert, literal, select, type_coerce
 
 from bulk import BATCH, Change, Matching, Values, change, change_each, count, each_message, matching
 from deliverylog import NODEID, record
 from mail import Message, NewMessage, check_text, domain_of, meta_json
 from names import QueueName, named_by_parts, new_name, queue_name
-from sqlfunctions import json_list, merge
+from sqlfunctions import following, json_list, merge, position
 from store import (
     MAX_NAME,
     TOO_LONG,
@@ -182,16 +182,16 @@ class QueueRegistry:
         When it is this one's turn what matches is looked up again, as others may have moved it meanwhile.
         """
         rebind_id, matched, moved = str(uuid.uuid4()), 0, 0
-        with self.database.read() as db:
+        with self.database.look() as db:
             names = matching_queues(db, request)
-            if names and dry_run:
-                matched, moved = _rehearse(db, request, _found(db, request, names, limit))
-        if names and not dry_run:
+        if names and dry_run:
+            with self.database.read() as db:
+                matched, moved = _rehearse(db, request, _found(db, request, limit))
+        elif names:
             with self.database.write() as db:
                 take_turns(db)
                 expect_many(db)
-                if names := matching_queues(db, request):
-                    matched, moved = _change(db, request, _found(db, request, names, limit), rebind_id, actor)
+                matched, moved = _change(db, request, _found(db, request, limit), rebind_id, actor)
         return RebindResult(rebind_id, matched, moved, matched if request.always_flush else moved)
 
     def load(self, new: Iterable[NewMessage]) -> tuple[int, int]:
@@ -216,7 +216,7 @@ class QueueRegistry:
         """The queues, by name. Raises StoreUnavailable."""
         due = func.count().filter(messages.c.due <= time.time())
         statement = select(messages.c.queue, func.count(), due).group_by(messages.c.queue).order_by(messages.c.queue)
-        with self.database.read() as db:
+        with self.database.look() as db:
             return [QueueSummary(*row) for row in db.execute(statement)]
 
     def records(self, after: int = 0, poll: float | None = None) -> Iterator[dict[str, Any]]:
@@ -228,7 +228,7 @@ class QueueRegistry:
         key, skip = 0, after
         while True:
             statement = select(log).where(log.c.key > key).order_by(log.c.key).offset(skip).limit(BATCH)
-            with self.database.read() as db:
+            with self.database.look() as db:
                 rows = db.execute(statement).all()
                 if rows and rows[-1].key > key + skip + len(rows):
                     # A record that is missing may be of a transaction that goes on while later ones have ended.
@@ -244,37 +244,47 @@ class QueueRegistry:
 
 
 def _loose_index_scan() -> CTE:
-    """The queues' names, each found from the one before: the last is NULL."""
+    """The queues' names, each found from the one before: the last is NULL.
+
+    Where a name cannot match by what is before its `@`, so cannot others with the same before it: they are passed over.
+    """
     first = select(func.min(messages.c.queue).label("queue")).cte("names", recursive=True)
-    following = select(messages.c.queue).where(messages.c.queue > first.c.queue).order_by(messages.c.queue).limit(1)
-    return first.union_all(select(following.scalar_subquery()).where(first.c.queue.is_not(None)))
+    name = first.c.queue
+    before = func.substr(name, 1, position(name, "@"))
+    has_campaign = position("@" + name, bindparam("campaign", "")) > 0
+    has_tenant = position(":" + name, bindparam("tenant", "")) > 0
+    passed_over = ~(has_campaign & has_tenant) & (position(before, "@") > 0)
+    start = case((passed_over, func.replace(before, "@", "A")), else_=following(name))  # A is what follows @
+    next_name = select(messages.c.queue).where(messages.c.queue >= start).order_by(messages.c.queue).limit(1)
+    return first.union_all(select(next_name.scalar_subquery()).where(name.is_not(None)))
 
 
 _names = _loose_index_scan()
 _queue_names = select(json_list(_names.c.queue)).where(_names.c.queue.is_not(None))  # built once, which takes longest
 
 
-def queue_names(db: Connection, due: float | None = None) -> list[str]:
-    """The name of every queue or, with `due` in seconds since 1970, of those with a message that is due then.
+def queue_names(db: Connection, due: float) -> list[str]:
+    """The name of every queue with a message that is due then, in seconds since 1970.
 
     What it costs grows with the number of queues, not of messages.
     """
-    statement = _queue_names
-    if due is not None:
-        is_due = select(messages.c.key).where(messages.c.queue == _names.c.queue, messages.c.due <= due)
-        statement = statement.where(is_due.exists())
-    names: list[str] = db.scalars(statement).one()
+    is_due = select(messages.c.key).where(messages.c.queue == _names.c.queue, messages.c.due <= due)
+    names: list[str] = db.scalars(_queue_names.where(is_due.exists())).one()
     return names
 
 
 def matching_queues(db: Connection, request: RebindRequest) -> list[str]:
-    """The names of the queues that match."""
-    return [name for name in queue_names(db) if request.matches(QueueName.parse(name))]
+    """The names of the queues that match. What it costs grows with the number of queues, not of messages."""
+    # A name begins `campaign:tenant@`, where there are both.
+    parts = {"campaign": "" if request.campaign is None else f"@{request.campaign}:"}
+    parts["tenant"] = "" if request.tenant is None else f":{request.tenant}@"
+    names = db.scalars(_queue_names, parts).one()
+    return [name for name in names if request.matches(QueueName.parse(name))]
 
 
-def _found(db: Connection, request: RebindRequest, names: list[str], limit: int | None) -> Matching:
-    """The messages in the queues `names`, which are those that match: all of them where there is no criterion."""
-    return matching(db, None if request.matches_all else names, limit)
+def _found(db: Connection, request: RebindRequest, limit: int | None) -> Matching:
+    """The messages that match; where there is no criterion no queue's name is looked at."""
+    return matching(db, None if request.matches_all else matching_queues(db, request), limit)
 
 
 def _rehearse(db: Connection, request: RebindRequest, found: Matching) -> tuple[int, int]:

@@ -86,3 +86,38 @@ def _json_list_in_sqlite(element: json_list, compiler: Any, **kw: Any) -> str:
 @compiles(json_list, "postgresql")
 def _json_list_in_postgresql(element: json_list, compiler: Any, **kw: Any) -> str:
     return f"coalesce(json_agg({compiler.process(element.clauses, **kw)}), '[]')"
+
+
+class position(FunctionElement[int]):
+    """`position(text, part)`: where `part` begins in it, from 1; 0 where it is not in it. An empty one begins at 1."""
+
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(position, "sqlite")
+def _position_in_sqlite(element: position, compiler: Any, **kw: Any) -> str:
+    return f"instr({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(position, "postgresql")
+def _position_in_postgresql(element: position, compiler: Any, **kw: Any) -> str:
+    return f"strpos({compiler.process(element.clauses, **kw)})"
+
+
+class following(FunctionElement[str]):
+    """`following(text)`: the first text after it, in the order of bytes."""
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(following, "sqlite")
+def _following_in_sqlite(element: following, compiler: Any, **kw: Any) -> str:
+    return f"({compiler.process(element.clauses, **kw)} || char(0))"
+
+
+@compiles(following, "postgresql")
+def _following_in_postgresql(element: following, compiler: Any, **kw: Any) -> str:
+    # No text has a NUL there.
+    return f"({compiler.process(element.clauses, **kw)} || chr(1))"

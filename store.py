@@ -190,6 +190,15 @@ def in_queues(db: Connection, queue: ColumnElement[str], names: Sequence[str]) -
     return queue == func.any(bindparam("queues", names, ARRAY(Text)))
 
 
+# To look, to read and to write. In SQLite a transaction that reads first and writes later fails at once where another
+# wrote in between, whatever the busy timeout: a writer takes its turn at its beginning. A reader neither waits nor is
+# waited for.
+BEGIN = {
+    "sqlite": (None, "BEGIN", "BEGIN IMMEDIATE"),
+    "postgresql": (None, *["BEGIN ISOLATION LEVEL READ COMMITTED"] * 2),
+}
+
+
 class Database:
     """A database of messages, and its transactions. It keeps nothing in memory but connections.
 
@@ -202,11 +211,22 @@ class Database:
         if not isinstance(busy_timeout, int | float) or not 0 <= busy_timeout <= MAX_WAIT:
             raise StoreUnusable(f"the busy timeout {busy_timeout!r} is no number of seconds from 0 to {MAX_WAIT}")
         try:
-            self._engine = _engine(url, busy_timeout)
+            engine = _engine(url, busy_timeout)
         except (ArgumentError, ImportError) as error:
             raise StoreUnusable(f"the database URL cannot be used: {error}") from error
-        self._writing_engine = self._engine.execution_options(writing=True)
+        self._looking, self._reading, self._writing = (
+            engine.execution_options(begin=begin) for begin in BEGIN[engine.name]
+        )
         self._prepared = False
+
+    @contextmanager
+    def look(self) -> Iterator[Connection]:
+        """For statements that read, each by itself: no transaction, which takes longer to begin and to end.
+
+        They wait for nobody. Raises StoreUnavailable.
+        """
+        with self._begin(self._looking) as db:
+            yield db
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -214,7 +234,7 @@ class Database:
 
         Raises StoreUnavailable.
         """
-        with self._begin(self._engine) as db:
+        with self._begin(self._reading) as db:
             yield db
             db.rollback()  # or a commit whose answer is lost would be told of, where nothing was to be done
 
@@ -224,7 +244,7 @@ class Database:
 
         Raises StoreUnavailable.
         """
-        with self._begin(self._writing_engine) as db:
+        with self._begin(self._writing) as db:
             yield db
 
     def prepare(self) -> None:
@@ -235,16 +255,16 @@ class Database:
         if self._prepared:
             return
         try:
-            with _translated(), self._engine.begin() as db:
+            with _translated(), self._looking.begin() as db:
                 missing = not all(inspect(db).has_table(name) for name in metadata.tables)
             if missing:
-                with _translated(), self._writing_engine.begin() as db:
+                with _translated(), self._writing.begin() as db:
                     take_turns(db)
                     metadata.create_all(db)
-            with _translated(), self._engine.begin() as db:
+            with _translated(), self._looking.begin() as db:
                 _refuse_damaged(db)
         finally:
-            self._engine.dispose()  # a connection must not be carried into a forked worker
+            self._looking.dispose()  # a connection must not be carried into a forked worker
         self._prepared = True
 
     @contextmanager
@@ -329,23 +349,21 @@ def _engine(url: str, busy_timeout: float) -> Engine:
     if dialect == "sqlite":
         engine = create_engine(url, json_serializer=to_json, json_deserializer=from_json)
         event.listen(engine, "connect", lambda connection, _: _set_up_sqlite(connection, busy_timeout))
-        event.listen(engine, "begin", _begin_in_sqlite)
     else:
         engine = create_engine(
             url,
             json_serializer=to_json,
             json_deserializer=lambda value: from_json(value.decode()),
-            isolation_level="READ COMMITTED",
             pool_pre_ping=True,  # a connection that was cut is replaced before it is used
             connect_args={"connect_timeout": max(2, int(busy_timeout))},  # libpq takes no less
         )
-        wait = text(f"SET LOCAL lock_timeout = {busy_timeout * 1000:.0f}")
-        event.listen(engine, "begin", lambda db: db.execute(wait))
+        event.listen(engine, "connect", lambda connection, _: _set_up_postgresql(connection, busy_timeout))
+    event.listen(engine, "begin", _begin)
     return engine
 
 
 def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
-    connection.isolation_level = None  # the driver begins nothing by itself: _begin_in_sqlite does
+    connection.isolation_level = None  # the driver begins nothing by itself: _begin does
     connection.execute(f"PRAGMA busy_timeout = {busy_timeout * 1000:.0f}")
     connection.execute("PRAGMA page_size = 8192")  # bytes, of a new file; docs/performance.md says why so many
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
@@ -377,7 +395,11 @@ def _lenient(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error("rebind.lenient", _lenient)
 
 
-def _begin_in_sqlite(db: Connection) -> None:
-    # A transaction that reads first and writes later fails at once where another wrote in between, whatever the busy
-    # timeout: a writer takes its turn at its beginning. A reader neither waits nor is waited for.
-    db.exec_driver_sql("BEGIN IMMEDIATE" if db.get_execution_options().get("writing") else "BEGIN")
+def _set_up_postgresql(connection: Any, busy_timeout: float) -> None:
+    connection.autocommit = True  # as above
+    connection.execute(f"SET lock_timeout = {busy_timeout * 1000:.0f}")
+
+
+def _begin(db: Connection) -> None:
+    if begin := db.get_execution_options()["begin"]:
+        db.exec_driver_sql(begin)

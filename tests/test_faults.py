@@ -437,9 +437,15 @@ def test_a_full_disk_is_503_and_works_again_when_there_is_room(
 
 def fill_up(disk: Path, room: int) -> None:
     """Use the disk up but for so many bytes."""
-    state = os.statvfs(disk)
-    with (disk / "filler").open("wb") as filler:
-        os.posix_fallocate(filler.fileno(), 0, state.f_bavail * state.f_frsize - room)
+
+    def filled() -> bool:
+        state = os.statvfs(disk)
+        with (disk / "filler").open("wb") as filler, suppress(OSError):  # the server may be writing, too
+            os.posix_fallocate(filler.fileno(), 0, state.f_bavail * state.f_frsize - room)
+            return True
+        return False
+
+    until(filled)
 
 
 # Locked by another process

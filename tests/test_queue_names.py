@@ -1,14 +1,17 @@
 """Tests of the names of queues: how they are built, how they are read back, and which of them a request matches."""
 
+from itertools import product
 from typing import Any
 
 import pytest
+from conftest import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
 
 from mail import domain_of
 from names import QueueName, queue_name
-from queues import RebindRequest
+from queues import QueueRegistry, RebindRequest, matching_queues
 
 settings.register_profile("names", derandomize=True, deadline=None, max_examples=200)
 names = settings.get_profile("names")
@@ -206,3 +209,52 @@ def test_a_request_matches_a_name_whose_parts_equal_its_criteria(criteria: dict[
 )
 def test_a_request_matches_no_name_of_which_one_part_differs(criteria: dict[str, str], name: str) -> None:
     assert not RebindRequest("r", {}, **criteria).matches(QueueName.parse(name))  # type: ignore[arg-type]
+
+
+def test_each_queue_that_matches_is_found_whichever_names_are_passed_over_on_the_way(
+    queues: QueueRegistry, url: str
+) -> None:
+    """All names of up to four of the characters that count, A being what follows the @ in the order of bytes."""
+    names = ["".join(letters) for length in range(5) for letters in product("a:@A!", repeat=length)]
+    queues.load(message(meta={"queue": name}) for name in names)
+    if url.startswith("sqlite"):
+        names += nul_in_names(queues)
+    parts = [None, "", "a", "A", "a:", ":a", "a@", "@", ":", "aa", "!", "%", "x" * 100_000]
+    with queues.database.look() as db:
+        for campaign, tenant, domain in product(parts, parts, [None, "a"]):
+            request = RebindRequest("r", {}, campaign=campaign, tenant=tenant, domain=domain)
+            expected = {name for name in names if request.matches(QueueName.parse(name))}
+            found = matching_queues(db, request)
+            assert (set(found), len(found)) == (expected, len(expected)), (campaign, tenant, domain)
+
+
+def nul_in_names(queues: QueueRegistry) -> list[str]:
+    """Let some names have a NUL, as a sender can write them in SQLite, whose functions of text end there or do not."""
+    names = ["a\0", "\0a@a", "a\0@a", "a\0:a@A", "a:\0a@a", "a@\0a", "a:a@\0", "a:\0@"]
+    queues.load(message(id=f"nul{number}") for number in range(len(names)))
+    with queues.database.write() as db:
+        for number, name in enumerate(names):
+            db.execute(text("UPDATE messages SET queue = :name WHERE id = :id"), {"name": name, "id": f"nul{number}"})
+    return names
+
+
+@pytest.mark.parametrize(
+    ("criteria", "read"),
+    [
+        ({}, 12 * 10),
+        ({"domain": "d1"}, 12 * 10),
+        ({"tenant": "nobody"}, 12),
+        ({"tenant": "t0"}, 4 * 10 + 8),
+        ({"campaign": "c1"}, 3 * 10 + 9),
+        ({"campaign": "c1", "tenant": "t1"}, 10 + 11),
+    ],
+    ids=str,
+)
+def test_names_that_cannot_match_are_not_read(queues: QueueRegistry, criteria: dict[str, str], read: int) -> None:
+    """Of 12 groups of 10 queues with the same before their @, in each one at least."""
+    before = [f"{campaign}t{tenant}@" for campaign in ("", "c0:", "c1:", "c2:") for tenant in range(3)]
+    queues.load(message(meta={"queue": f"{each}d{domain}"}) for each in before for domain in range(10))
+    QueueName.parse.cache_clear()
+    with queues.database.look() as db:
+        matching_queues(db, RebindRequest("r", {}, **criteria))  # type: ignore[arg-type]
+    assert QueueName.parse.cache_info().misses == read

@@ -511,7 +511,7 @@ def test_a_message_is_stored_as_it_was_loaded(queues: QueueRegistry, url: str) -
 
 
 def _contents(queues: QueueRegistry) -> list[tuple[str, bytes]]:
-    with queues.database.read() as db:
+    with queues.database.look() as db:
         return [(row.id, row.data) for row in db.execute(select(store.contents))]
 
 
