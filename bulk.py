@@ -301,6 +301,7 @@ def _change_each_in_postgresql(
     with _pipeline(db) as driver:
         reading = driver.execute(next_ones)
         while rows := reading.fetchall():
+            # Not before these have come: answers come in the order of statements, and would have been waited for.
             driver.execute(str(change_them), change_them.params | {"changes": changes})
             reading = driver.execute(next_ones)
             decided = (decide(row) for row in rows)
