@@ -277,6 +277,7 @@ def each_message(db: Connection, found: Matching, columns: Columns) -> Iterator[
 def change_each(db: Connection, found: Matching, columns: Columns, decide: Decide, record: Values | None) -> None:
     """Make each message what `decide` says, and write a record of each, if there is one to write.
 
+    columns: of types that a driver reads by itself.
     decide: is called with these columns of each message, once, in any order.
     """
     if db.dialect.name == "postgresql":

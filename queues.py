@@ -247,16 +247,19 @@ def _loose_index_scan() -> CTE:
     """The queues' names, each found from the one before: the last is NULL.
 
     Where a name cannot match by what is before its `@`, so cannot others with the same before it: they are passed over.
+    It can where it has `@campaign:` and `:tenant@`, which are parameters; each is empty for any.
     """
     first = select(func.min(messages.c.queue).label("queue")).cte("names", recursive=True)
     name = first.c.queue
     before = func.substr(name, 1, position(name, "@"))
     has_campaign = position("@" + name, bindparam("campaign", "")) > 0
     has_tenant = position(":" + name, bindparam("tenant", "")) > 0
+    # In SQLite a sender may write what is no UTF-8, which substr ends elsewhere, or a blob, which sorts after any text:
+    # then none is passed over, or the next name is one that has been there, which ends a UNION.
     passed_over = ~(has_campaign & has_tenant) & (position(before, "@") > 0)
     start = case((passed_over, func.replace(before, "@", "A")), else_=following(name))  # A is what follows @
     next_name = select(messages.c.queue).where(messages.c.queue >= start).order_by(messages.c.queue).limit(1)
-    return first.union_all(select(next_name.scalar_subquery()).where(name.is_not(None)))
+    return first.union(select(next_name.scalar_subquery()).where(name.is_not(None)))
 
 
 _names = _loose_index_scan()
@@ -283,7 +286,7 @@ def matching_queues(db: Connection, request: RebindRequest) -> list[str]:
 
 
 def _found(db: Connection, request: RebindRequest, limit: int | None) -> Matching:
-    """The messages that match; where there is no criterion no queue's name is looked at."""
+    """The messages that match; where there is no criterion they are not compared with the queues' names."""
     return matching(db, None if request.matches_all else matching_queues(db, request), limit)
 
 

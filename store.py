@@ -193,17 +193,15 @@ def in_queues(db: Connection, queue: ColumnElement[str], names: Sequence[str]) -
 # To look, to read and to write. In SQLite a transaction that reads first and writes later fails at once where another
 # wrote in between, whatever the busy timeout: a writer takes its turn at its beginning. A reader neither waits nor is
 # waited for.
-BEGIN = {
-    "sqlite": (None, "BEGIN", "BEGIN IMMEDIATE"),
-    "postgresql": (None, *["BEGIN ISOLATION LEVEL READ COMMITTED"] * 2),
-}
+BEGIN = {"sqlite": (None, "BEGIN", "BEGIN IMMEDIATE"), "postgresql": (None, "BEGIN", "BEGIN")}
+ENCODING = {"sqlite": "PRAGMA encoding", "postgresql": "SHOW server_encoding"}
 
 
 class Database:
     """A database of messages, and its transactions. It keeps nothing in memory but connections.
 
     url: SQLAlchemy's, `sqlite:///FILE` or `postgresql+psycopg://…`.
-    busy_timeout: how long a transaction waits for others, in seconds.
+    busy_timeout: how long a statement waits for others, in seconds.
     Raises StoreUnusable where one of them cannot be used.
     """
 
@@ -223,14 +221,14 @@ class Database:
     def look(self) -> Iterator[Connection]:
         """For statements that read, each by itself: no transaction, which takes longer to begin and to end.
 
-        They wait for nobody. Raises StoreUnavailable.
+        They wait for no writer. Raises StoreUnavailable.
         """
         with self._begin(self._looking) as db:
             yield db
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that changes nothing, and waits for nobody: whatever it did is rolled back at its end.
+        """A transaction that changes nothing, and waits for no writer: whatever it did is rolled back at its end.
 
         Raises StoreUnavailable.
         """
@@ -262,6 +260,7 @@ class Database:
                     take_turns(db)
                     metadata.create_all(db)
             with _translated(), self._looking.begin() as db:
+                _refuse_encoding(db)
                 _refuse_damaged(db)
         finally:
             self._looking.dispose()  # a connection must not be carried into a forked worker
@@ -301,6 +300,13 @@ def wait_for_writers(db: Connection) -> None:
         running = text("SELECT pg_snapshot_xmin(pg_current_snapshot()) < CAST(:begun AS xid8)")
         while db.scalar(running, {"begun": begun}):
             time.sleep(0.05)
+
+
+def _refuse_encoding(db: Connection) -> None:
+    """Any text must be kept, and names be ordered as UTF-8's bytes are. Raises StoreUnusable."""
+    encoding = db.scalar(text(ENCODING[db.dialect.name]))
+    if encoding not in ("UTF-8", "UTF8"):
+        raise StoreUnusable(f"the encoding of the database is {encoding}: it must be UTF-8")
 
 
 def _refuse_damaged(db: Connection) -> None:
@@ -396,8 +402,9 @@ codecs.register_error("rebind.lenient", _lenient)
 
 
 def _set_up_postgresql(connection: Any, busy_timeout: float) -> None:
-    connection.autocommit = True  # as above
-    connection.execute(f"SET lock_timeout = {busy_timeout * 1000:.0f}")
+    connection.autocommit = True  # the driver begins nothing by itself: _begin does
+    connection.execute("SET default_transaction_isolation = 'read committed'")
+    connection.execute(f"SET lock_timeout = {max(1, busy_timeout * 1000):.0f}")  # 0 would be for ever
 
 
 def _begin(db: Connection) -> None:

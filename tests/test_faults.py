@@ -37,7 +37,7 @@ import store
 from bulk import BATCH
 from mail import Message
 from queues import QueueRegistry, RebindRequest, RebindResult, rebind
-from store import StoreUnavailable
+from store import StoreUnavailable, StoreUnusable
 
 SEED = 11
 MOMENTS = 20  # at each of which a worker is killed
@@ -478,10 +478,11 @@ def another_process(url: str, *statements: str) -> Iterator[None]:
 LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"}
 
 
+@pytest.mark.parametrize("seconds", ["0.2", "0"])
 def test_a_database_that_another_process_locks_is_503_and_works_again_when_that_is_gone(
-    before: Books, url: str, start: Start
+    before: Books, url: str, start: Start, seconds: str
 ) -> None:
-    service = start(url, REBIND_BUSY_TIMEOUT="0.2")
+    service = start(url, REBIND_BUSY_TIMEOUT=seconds)
     with another_process(url, LOCKS[make_url(url).get_backend_name()]):
         for _ in range(3):
             refused(service.rebind(domain="a", data={"queue": "b"}))
@@ -502,6 +503,24 @@ def test_a_service_that_starts_while_its_database_is_locked_works_when_it_no_lon
     assert [(each.status_code, each.headers.get("Rebind-Matched")) for each in answers] == [(200, str(MESSAGES))] * 40
     assert outcome(before, url) == "nothing"
     works_again(service, url)
+
+
+# Of another encoding
+
+
+def test_a_database_that_cannot_keep_any_text_is_refused(queues: QueueRegistry, url: str, tmp_path: Path) -> None:
+    """In UTF-16 names would be in another order, and with Latin-1 some criteria could not be asked for."""
+    if url.startswith("sqlite"):
+        other = f"sqlite:///{tmp_path / 'queues.db'}"
+        with closing(sqlite3.connect(tmp_path / "queues.db")) as db:
+            db.executescript("PRAGMA encoding = 'UTF-16le'; CREATE TABLE mine (a)")
+    else:
+        other = make_url(url).set(database="latin").render_as_string(hide_password=False)
+        with look(url).connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+            db.execute(text("CREATE DATABASE latin TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'"))
+    queues.bind(other, busy_timeout=30)
+    with pytest.raises(StoreUnusable, match="must be UTF-8"):
+        queues.prepare()
 
 
 # The client goes away

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
+from delivery import claim
 from mail import domain_of
 from names import QueueName, queue_name
 from queues import QueueRegistry, RebindRequest, matching_queues
@@ -258,3 +259,14 @@ def test_names_that_cannot_match_are_not_read(queues: QueueRegistry, criteria: d
     with queues.database.look() as db:
         matching_queues(db, RebindRequest("r", {}, **criteria))  # type: ignore[arg-type]
     assert QueueName.parse.cache_info().misses == read
+
+
+def test_a_name_that_a_sender_wrote_as_a_blob_does_not_keep_workers_from_the_others(
+    queues: QueueRegistry, url: str
+) -> None:
+    if not url.startswith("sqlite"):
+        pytest.skip("of SQLite alone, where a column takes any type")
+    queues.load([message("ada@a.example"), message("ada@b.example", id="blob", due=9e9), message("ada@c.example")])
+    with queues.database.write() as db:
+        db.execute(text("UPDATE messages SET queue = :name WHERE id = 'blob'"), {"name": b"b.example"})
+    assert {each.queue for each in claim(9, lease=60)} == {"a.example", "c.example"}
