@@ -381,8 +381,9 @@ def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) ->
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(60)
-        service = start_service(tmp_path, url, NOTIFY_SOCKET=str(tmp_path / "notify"))
+        service = start_service(tmp_path, url, "--workers", "1", NOTIFY_SOCKET=str(tmp_path / "notify"))
         assert systemd.recv(100).startswith(b"READY=1")
+        service.rebind(domain="no.example")  # a worker that is still starting would miss the signal to stop
         stop_service(service)
 
 
