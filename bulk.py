@@ -302,7 +302,8 @@ def _change_each_in_postgresql(
     with _pipeline(db) as driver:
         reading = driver.execute(next_ones)
         while rows := reading.fetchall():
-            # Not before these have come: answers come in the order of statements, and would have been waited for.
+            # The changes of those before, none at first. Sent only now: answers come in the order of the statements, so
+            # that the rows just read would have had to wait for this one.
             driver.execute(str(change_them), change_them.params | {"changes": changes})
             reading = driver.execute(next_ones)
             decided = (decide(row) for row in rows)

@@ -523,6 +523,16 @@ def test_a_database_that_cannot_keep_any_text_is_refused(queues: QueueRegistry, 
         queues.prepare()
 
 
+def test_postgresql_is_asked_as_read_committed_whatever_its_default_is(queues: QueueRegistry, url: str) -> None:
+    if url.startswith("sqlite"):
+        pytest.skip("of PostgreSQL alone: SQLite has no other")
+    other = make_url(url).update_query_dict({"options": "-c default_transaction_isolation=serializable"})
+    queues.bind(other.render_as_string(hide_password=False), busy_timeout=30)
+    for begun in (queues.database.look(), queues.database.read(), queues.database.write()):
+        with begun as db:
+            assert db.scalar(text("SHOW transaction_isolation")) == "read committed"
+
+
 # The client goes away
 
 
