@@ -2,115 +2,128 @@
 
 import json
 import logging
+import os
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import click
 from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from marshmallow import ValidationError
-from werkzeug.exceptions import BadRequest, HTTPException, NotFound, RequestEntityTooLarge, UnsupportedMediaType
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
 import access
 import cli
-import policy
+import event
 from access import actor
-from queues import HandlerFailed, NoHandler, registry
-from schemas import NotJSON, RebindQuerySchema, RebindRequestSchema, parse_json
-from store import StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable
+from event import HandlerFailed, NoHandler
+from history import KeyReused, NothingToUndo, RebindResult, UnknownRebind, printable
+from queues import registry
+from schemas import NotJSON, QueryError, idempotency_key, parse_json, rebind_query, rebind_request
+from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
 MAX_BODY = 1024 * 1024  # bytes
 RETRY_AFTER = 5  # seconds
+SETTINGS = {
+    "DATABASE_URL": None,
+    "BUSY_TIMEOUT": 30,
+    "POLICY": None,
+    "TRUSTED_HOSTS": "127.0.0.0/8,::1",
+    "HTPASSWD": None,
+    "PROXIES": 0,
+}
 
-# What the registry raises, and the status that says so. Everything else is a 500 that says nothing of its cause.
-STATUS = {NoHandler: 409, StoreRefused: 422, HandlerFailed: 500, StoreUnusable: 500}
-STATUS |= {StoreUnavailable: 503, StoreConflict: 503}
+# What the registry raises, and the status for it. Everything else is a 500 that does not tell its cause.
+STATUS = {UnknownRebind: 404, NoHandler: 409, NothingToUndo: 409, KeyReused: 422, StoreRefused: 422}
+STATUS |= {HandlerFailed: 500, StoreDamaged: 500, StoreUnusable: 503, StoreUnavailable: 503, StoreConflict: 503}
 
 admin = Blueprint("admin", __name__)
-_request, _query = RebindRequestSchema(), RebindQuerySchema()
+
+
+class SettingError(Exception):
+    """A setting that does not exist."""
 
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
-    """The service, with its settings from the environment (REBIND_…) or from `config`, which goes before.
+    """The service, with its settings from the environment (REBIND_…) or from `config`, which takes precedence.
 
-    Raises StoreUnusable, policy.PolicyError and access.AccessError.
+    Raises SettingError, StoreUnusable, event.PolicyError and access.AccessError.
     """
     app = Flask(__name__, static_folder=None)
-    app.config.from_mapping(DATABASE_URL=None, BUSY_TIMEOUT=30, POLICY=None)
-    app.config.from_mapping(TRUSTED_HOSTS="127.0.0.0/8,::1", HTPASSWD=None, PROXIES=0)
-    app.config.from_prefixed_env("REBIND")
+    app.config.from_mapping(SETTINGS)
+    read_environment(app)
     app.config.from_mapping(config or {})
-    app.url_map.merge_slashes = False  # a path with a slash too many is another path, not a redirect
+    app.url_map.merge_slashes = False  # a path with a double slash is another path, not a redirect
     app.logger.setLevel(logging.INFO)
 
     if app.config["DATABASE_URL"] is None:
-        Path(app.instance_path).mkdir(exist_ok=True)
         app.config["DATABASE_URL"] = f"sqlite:///{Path(app.instance_path, 'queues.db')}"
     registry.bind(app.config["DATABASE_URL"], app.config["BUSY_TIMEOUT"])
-    try:
-        registry.prepare()
-    except StoreUnavailable as error:
-        app.logger.warning("%s; until it can, the answer is 503", error)
     if app.config["POLICY"]:
-        policy.load(app.config["POLICY"])
-
-    app.register_blueprint(admin)
+        event.load_policy(app.config["POLICY"])
     access.init_app(app)
-    app.before_request(refuse_doubled_slash)
-    app.after_request(log_request)
+    app.register_blueprint(admin)
     app.register_error_handler(HTTPException, http_problem)
     app.register_error_handler(ValidationError, fields_problem)
     for error_class in STATUS:
         app.register_error_handler(error_class, registry_problem)
     cli.init_app(app)
+    if serves():
+        start(app)
     return app
+
+
+def read_environment(app: Flask) -> None:
+    """Take the settings from REBIND_… Raises SettingError: a misspelt one must not be ignored."""
+    app.config.from_prefixed_env("REBIND")
+    unknown = [name for name in os.environ if name.startswith("REBIND_") and name[7:] not in SETTINGS]
+    if unknown:
+        raise SettingError(f"there is no setting {unknown[0]}")
+
+
+def serves() -> bool:
+    """Whether requests will be served, and not only a command run: `flask load`, for example."""
+    command = click.get_current_context(silent=True)
+    return command is None or command.info_name == "run"
+
+
+def start(app: Flask) -> None:
+    """Create the store if there is none, and check it once. Raises StoreUnusable."""
+    if app.config["DATABASE_URL"] == f"sqlite:///{Path(app.instance_path, 'queues.db')}":
+        Path(app.instance_path).mkdir(mode=0o700, exist_ok=True)
+    try:
+        registry.prepare()
+        registry.database.check()
+    except StoreUnavailable as error:
+        app.logger.warning("%s; until that is over, the answer is 503", error.in_full)
 
 
 @admin.post("/api/admin/rebind/v1", provide_automatic_options=False)
 def rebind() -> Response:
-    """Rebind messages. SPEC.md, "POST /api/admin/rebind/v1"."""
-    query = read_query()
-    result = registry.rebind(_request.load(read_json()), actor=actor(), **query)
-    response = jsonify({})
-    response.headers["Rebind-Id"] = result.rebind_id
-    response.headers["Rebind-Matched"] = str(result.matched)
-    response.headers["Rebind-Moved"] = str(result.moved)
-    response.headers["Rebind-Flushed"] = str(result.flushed)
+    """Rebind messages. docs/contract.md, "The request" and "Beyond the page"."""
+    query = rebind_query(dict(request.args.lists()))
+    key = None if query["dry_run"] else idempotency_key(request.headers.get("Idempotency-Key"))
+    return answer(registry.rebind(rebind_request(read_json(), query, key, actor())))
+
+
+def answer(result: RebindResult) -> Response:
+    """What was done, in headers; of a dry run the plan, as the body."""
+    body: dict[str, Any] = {}
+    if result.plan is not None:
+        moves = [{"from": move.source, "to": move.to, "messages": move.messages} for move in result.plan.moves]
+        body = {"moves": moves, "more": result.plan.more}
+    response = jsonify(body)
+    numbers = {"Matched": result.matched, "Moved": result.moved, "Flushed": result.flushed, "Left": result.left}
+    headers = {"Id": result.rebind_id, **numbers}
+    response.headers.extend((f"Rebind-{name}", str(value)) for name, value in headers.items() if value is not None)
     return response
-
-
-def refuse_doubled_slash() -> None:
-    """werkzeug takes every slash at the start of a path for one, which no setting changes."""
-    if request.environ["PATH_INFO"].startswith("//"):
-        raise NotFound
-
-
-class BadQuery(BadRequest):
-    """A query parameter is unknown, given twice or has a bad value."""
-
-    description = "the query is not understood: see errors"
-
-    def __init__(self, errors: dict[str, Any]) -> None:
-        super().__init__()
-        self.errors = errors
-
-
-def read_query() -> dict[str, Any]:
-    """The query parameters, typed. Raises BadQuery."""
-    twice = {name: ["Given twice."] for name, values in request.args.lists() if len(values) > 1}
-    if twice:
-        raise BadQuery(twice)
-    try:
-        query: dict[str, Any] = _query.load(request.args)
-    except ValidationError as error:
-        raise BadQuery(error.messages_dict) from error
-    return query
 
 
 def read_json() -> Any:
     """The body, as JSON. Raises BadRequest, RequestEntityTooLarge and UnsupportedMediaType."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("the content type must be application/json")
-    # One byte more than is allowed: a longer body that comes in chunks is cut there, silently, by what lies below.
+    # werkzeug silently truncates a chunked body at this limit, so allow one byte more.
     request.max_content_length = MAX_BODY + 1
     try:
         body = request.get_data(cache=False)
@@ -142,7 +155,7 @@ def problem(status: int, detail: str, errors: Any = None) -> Response:
 def http_problem(error: HTTPException) -> Response:
     """What Flask and werkzeug raise, an unknown error included, with the headers that belong to it, such as Allow."""
     response = error.get_response()
-    document = problem(error.code or 500, error.description or "", getattr(error, "errors", None))
+    document = problem(error.code or 500, error.description or "")
     document.headers.extend(
         (name, value) for name, value in response.headers if name not in ("Content-Type", "Content-Length")
     )
@@ -150,20 +163,14 @@ def http_problem(error: HTTPException) -> Response:
 
 
 def fields_problem(error: ValidationError) -> Response:
-    """A body that is JSON, but not the object that is asked for."""
+    """A query or a body that is not understood."""
+    if isinstance(error, QueryError):
+        return problem(400, "the query is not understood: see errors", error.messages)
     return problem(422, "the body is not a request to rebind: see errors", error.messages)
 
 
 def registry_problem(error: Exception) -> Response:
-    """What the registry raises."""
-    current_app.logger.error("%s", error, exc_info=error.__cause__)
+    """What the registry raises. A failed handler comes with its traceback."""
+    in_full = error.in_full if isinstance(error, StoreError) else str(error)
+    current_app.logger.error("%s", printable(in_full), exc_info=error if isinstance(error, HandlerFailed) else None)
     return problem(STATUS[type(error)], str(error))
-
-
-def log_request(response: Response) -> Response:
-    """The diagnostic log's one line per request: who asked, for what, and what came of it."""
-    done = " ".join(f"{name}={value}" for name, value in response.headers if name.startswith("Rebind-"))
-    current_app.logger.info(
-        "%s %s %r %s %s", actor(), request.method, request.full_path.rstrip("?"), response.status_code, done
-    )
-    return response

@@ -14,17 +14,18 @@ from flask import Flask
 from marshmallow import ValidationError
 from marshmallow.exceptions import SCHEMA
 
-from mail import NewMessage
+from history import printable
+from message import NewMessage
 from names import QueueName
 from queues import DuplicateMessage, registry
 from schemas import NotJSON, inspected_messages, parse_json
-from store import StoreRefused, StoreUnavailable, StoreUnusable
+from store import StoreError
 
 Answer = TypeVar("Answer")
 
 POLL = 0.5  # seconds between two looks for new records
 DRAW = 2**16  # bytes between two drawings of the progress bar
-MAX_RECORDS = 2**63 - 1  # that either database can count
+MAX_KEY = 2**63 - 1  # what both engines can count to
 MAX_REASONS = 5  # that an error names, of all that is wrong in one answer
 
 
@@ -69,14 +70,14 @@ def queues(as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--follow", is_flag=True, help="Go on with new records as they are written.")
+@click.option("--follow", is_flag=True, help="Continue with new records as they are written.")
 @click.option(
-    "--after", metavar="N", type=click.IntRange(0, MAX_RECORDS), default=0, help="Leave out the first N records."
+    "--after", metavar="KEY", type=click.IntRange(0, MAX_KEY), default=0, help="Start after the record with this key."
 )
 def log(follow: bool, after: int) -> None:
-    """Print the delivery log, one JSON object a line, oldest first."""
+    """Print the delivery log, one JSON object per line, oldest first."""
     if follow:
-        # Ctrl-C is its usual end: no KeyboardInterrupt, which in the midst of a driver's work comes out as its error.
+        # Ctrl-C is its usual end: no KeyboardInterrupt, which a driver may turn into an error of its own.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     records = registry.records(after, POLL if follow else None)
     while record := answered(lambda: next(records, None)):
@@ -135,15 +136,12 @@ def answered(question: Callable[[], Answer]) -> Answer:
     """
     try:
         return question()
-    except (DuplicateMessage, StoreRefused, StoreUnavailable, StoreUnusable) as error:
+    except DuplicateMessage as error:
         raise failure(str(error)) from error
+    except StoreError as error:
+        raise failure(error.in_full) from error
 
 
 def failure(reason: str) -> click.ClickException:
     """The end of the command with one line that says why, whatever the reason quotes."""
     return click.ClickException(printable(reason))
-
-
-def printable(text: str) -> str:
-    """The text with what would break its line, or command the terminal, as Python's escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,25 +1,25 @@
-"""The names of scheduled queues: built from a message's metadata and recipient, and read back.
+"""The names of scheduled queues: parsed, built in Python and in SQL, and matched with criteria.
 
-SPEC.md, "The name of a message's queue". `queue_name` says it in Python and `new_name` in SQL.
+docs/contract.md, "The name of a message's queue".
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, Text, func, literal
+from sqlalchemy import ColumnElement, Text, cast, func, literal, null
 
-from sqlfunctions import meta_text
 from store import messages
+
+NAMING_KEYS = ("queue", "campaign", "tenant", "routing_domain")
+DISCARDED = "null"
+"""The queue whose messages are discarded. docs/contract.md, "Delivery workers"."""
 
 
 @dataclass(frozen=True)
 class QueueName:
-    """The parts of a scheduled queue's name; None is a part that is not there.
-
-    SPEC.md, "The name of a message's queue".
-    """
+    """The components of a scheduled queue's name; None is a component that the name does not have."""
 
     campaign: str | None
     tenant: str | None
@@ -27,9 +27,9 @@ class QueueName:
     routing_domain: str | None
 
     @classmethod
-    @lru_cache(maxsize=10_000)  # where there are more queues, none of them is read any faster
+    @lru_cache(maxsize=10_000)  # with more queues than this, parsing is not faster, but still correct
     def parse(cls, name: str) -> Self:
-        """Read a name, whatever made it: every string is one."""
+        """Split a name into its components. Every string is a valid name."""
         before, at, after = name.partition("@")
         if not at:
             before, after = "", name
@@ -43,45 +43,87 @@ class QueueName:
         )
 
     def __str__(self) -> str:
-        name = self.domain
-        if self.campaign is not None:
-            name = f"{self.campaign}:{self.tenant or ''}@{name}"
-        elif self.tenant is not None:
-            name = f"{self.tenant}@{name}"
-        return name if self.routing_domain is None else f"{name}!{self.routing_domain}"
+        return _built(self.campaign, self.tenant, self.domain, self.routing_domain)
+
+    @property
+    def on_hold(self) -> bool:
+        """Whether workers skip the queue: no host can have a name in `.invalid` (RFC 6761, section 6.4)."""
+        site = self.domain if self.routing_domain is None else self.routing_domain
+        host = site.rpartition(":")[0] or site
+        return host.lower().rpartition(".")[2] == "invalid"
+
+
+def _built(campaign: str | None, tenant: str | None, domain: str, routing_domain: str | None) -> str:
+    name = domain
+    if campaign is not None:
+        name = f"{campaign}:{tenant or ''}@{name}"
+    elif tenant is not None:
+        name = f"{tenant}@{name}"
+    return name if routing_domain is None else f"{name}!{routing_domain}"
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """Which queues to pick: each criterion that is not None must equal that component of the queue's name.
+
+    Domains are compared without regard to case, as domain names are. docs/contract.md, "The request".
+    """
+
+    campaign: str | None = None
+    tenant: str | None = None
+    domain: str | None = None
+    routing_domain: str | None = None
+
+    @property
+    def match_all(self) -> bool:
+        """Whether there is no criterion, so that all queues match."""
+        return self == ALL_QUEUES
+
+    def match(self, name: QueueName) -> bool:
+        """Whether the queue of this name is picked."""
+        return (
+            self.campaign in (None, name.campaign)
+            and self.tenant in (None, name.tenant)
+            and _is_domain(self.domain, name.domain)
+            and _is_domain(self.routing_domain, name.routing_domain)
+        )
+
+
+ALL_QUEUES = Criteria()
+
+
+def _is_domain(criterion: str | None, component: str | None) -> bool:
+    return criterion is None or (component is not None and criterion.lower() == component.lower())
 
 
 def queue_name(meta: Mapping[str, Any], domain: str) -> str:
-    """The name of the queue of a message with this metadata and recipient's domain.
+    """The name of the queue of a message with this metadata, whose first recipient has this domain.
 
-    A value that is no string counts as not set; an empty string is set. `new_name` says the same in SQL.
+    A value that is not a string counts as not set; an empty string counts as set. `new_name` says the same in SQL.
+    """
+    pinned, campaign, tenant, routing_domain = (
+        value if isinstance(value, str) else None for value in map(meta.get, NAMING_KEYS)
+    )
+    return _built(campaign, tenant, domain, routing_domain) if pinned is None else pinned
+
+
+def new_name(
+    meta_text: Callable[[str], ColumnElement[str]], data: Mapping[str, str], unset: Collection[str]
+) -> ColumnElement[str]:
+    """`queue_name` in SQL, for each message with `data` set and the keys `unset` removed.
+
+    meta_text: the engine's expression for the string at a key of a message's metadata, NULL if there is none.
     """
 
-    def part(key: str) -> str | None:
-        value = meta.get(key)
-        return value if isinstance(value, str) else None
-
-    pinned = part("queue")
-    if pinned is not None:
-        return pinned
-    return str(QueueName(part("campaign"), part("tenant"), domain, part("routing_domain")))
-
-
-def named_by_parts(data: Mapping[str, str]) -> bool:
-    """Whether `data` sets a part that names are built from, so that most messages have another name with it."""
-    return "queue" not in data and not data.keys().isdisjoint(("campaign", "tenant", "routing_domain"))
-
-
-def new_name(data: Mapping[str, str]) -> ColumnElement[str]:
-    """`queue_name` in SQL, of each message with `data` set over its metadata."""
-
-    def part(key: str) -> ColumnElement[str]:
-        return literal(data[key], Text) if key in data else meta_text(messages.c.meta, key)
+    def component(key: str) -> ColumnElement[str]:
+        if key in data:
+            return literal(data[key], Text)
+        return cast(null(), Text) if key in unset else meta_text(key)
 
     if "queue" in data:
-        return part("queue")
-    campaign, tenant, routing_domain = part("campaign"), part("tenant"), part("routing_domain")
-    # What is joined to a NULL is NULL: the first of these that is not names those who send.
-    before = func.coalesce(campaign + ":" + func.coalesce(tenant, "") + "@", tenant + "@", "")
-    built = before + messages.c.domain + func.coalesce("!" + routing_domain, "")
-    return func.coalesce(part("queue"), built, type_=Text)
+        return component("queue")
+    campaign, tenant, routing_domain = component("campaign"), component("tenant"), component("routing_domain")
+    # NULL || x is NULL, so coalesce picks the first prefix whose components are all set.
+    prefix = func.coalesce(campaign + ":" + func.coalesce(tenant, "") + "@", tenant + "@", "", type_=Text)
+    built = prefix + messages.c.domain + func.coalesce("!" + routing_domain, "", type_=Text)
+    return func.coalesce(component("queue"), built, type_=Text)

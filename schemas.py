@@ -5,15 +5,18 @@ marshmallow turns much into what it wants; here nothing is: a value has its type
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate, validates_schema
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
-from mail import NewMessage, check_json, check_text, domain_of
-from names import queue_name
-from queues import RebindRequest
+from history import RebindRequest
+from message import NewMessage, check_json, check_text, domain_of
+from names import NAMING_KEYS, Criteria, queue_name
 from store import MAX_NAME
+
+MAX_KEYS = 1000  # of `data`, and of `unset`
 
 
 class NotJSON(ValueError):
@@ -96,10 +99,10 @@ class StrictInteger(fields.Integer):
 
 
 class RebindRequestSchema(Schema):
-    """The body of a rebind. SPEC.md, "POST /api/admin/rebind/v1". An unknown field is an error by default."""
+    """The body of a rebind. docs/contract.md, "The request". An unknown field is an error by default."""
 
     reason = text(required=True)
-    data = fields.Dict(keys=text(), values=text(), required=True)
+    data = fields.Dict(keys=text(), values=text(), required=True, validate=validate.Length(max=MAX_KEYS))
     campaign = text(allow_none=True, load_default=None)
     tenant = text(allow_none=True, load_default=None)
     domain = text(allow_none=True, load_default=None)
@@ -108,23 +111,79 @@ class RebindRequestSchema(Schema):
     always_flush = StrictBoolean(load_default=False)
     suppress_logging = StrictBoolean(load_default=False)
 
-    @post_load
-    def _request(self, fields: dict[str, Any], **_: Any) -> RebindRequest:
-        return RebindRequest(**fields)
+    @validates_schema
+    def _names_are_not_empty(self, body: dict[str, Any], **_: Any) -> None:
+        empty = [key for key in NAMING_KEYS if body["data"].get(key) == "" and not body["trigger_rebind_event"]]
+        if empty:
+            reason = "Must not be empty: ?unset={key} removes the key."
+            raise ValidationError({"data": {key: [reason.format(key=key)] for key in empty}})
 
 
 class RebindQuerySchema(Schema):
-    """The query parameters of a rebind, each a string given once."""
+    """The query parameters of a rebind, each a list of what was given. docs/contract.md, "Beyond the page"."""
 
     dry_run = fields.Boolean(truthy={"true"}, falsy={"false"}, load_default=False)
     limit = fields.String(
         validate=validate.Regexp(r"[1-9][0-9]{0,17}\Z", error="Not a whole number from 1 to 10^18 - 1."),
         load_default=None,
     )
+    unset = fields.List(text(), validate=validate.Length(max=MAX_KEYS), load_default=[])
+    undo = text(load_default=None)
 
-    @post_load
-    def _query(self, fields: dict[str, Any], **_: Any) -> dict[str, Any]:
-        return fields | {"limit": fields["limit"] and int(fields["limit"])}
+
+class QueryError(ValidationError):
+    """A query parameter or the Idempotency-Key is unknown, repeated, has a bad value or conflicts with the body."""
+
+
+_body, _query = RebindRequestSchema(), RebindQuerySchema()
+
+# RFC 9651, section 3.3.3: a string is printable ASCII in quotes, with " and \ escaped.
+_STRING = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"')
+
+
+def rebind_query(args: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The query parameters as fields of RebindRequest. Raises QueryError."""
+    repeated = [name for name, values in args.items() if len(values) > 1 and name != "unset"]
+    if repeated:
+        raise QueryError({name: ["Given more than once."] for name in repeated})
+    try:
+        query: dict[str, Any] = _query.load(
+            {name: values if name == "unset" else values[0] for name, values in args.items()}
+        )
+    except ValidationError as error:
+        raise QueryError(error.messages) from error
+    return query | {"limit": query["limit"] and int(query["limit"]), "unset": tuple(dict.fromkeys(query["unset"]))}
+
+
+def idempotency_key(header: str | None) -> str | None:
+    """The key in an Idempotency-Key header. Raises QueryError."""
+    if header is None:
+        return None
+    if not (match := _STRING.fullmatch(header.strip())):
+        raise QueryError({"Idempotency-Key": ['Not a string in quotes, such as "8e03978e", of 1 to 255 characters.']})
+    return re.sub(r"\\(.)", r"\1", match[1])
+
+
+def rebind_request(body: Any, query: dict[str, Any], key: str | None, actor: str) -> RebindRequest:
+    """What is asked for, from a parsed body and what `rebind_query` and `idempotency_key` gave.
+
+    Raises ValidationError for the body, and QueryError for a parameter that conflicts with it.
+    """
+    fields = _body.load(body)
+    criteria = Criteria(*(fields.pop(name) for name in ("campaign", "tenant", "domain", "routing_domain")))
+    request = RebindRequest(**fields, **query, criteria=criteria, idempotency_key=key, actor=actor)
+    if conflicts := dict(_conflicts(request)):
+        raise QueryError(conflicts)
+    return request
+
+
+def _conflicts(request: RebindRequest) -> Iterator[tuple[str, list[str]]]:
+    if request.unset and request.trigger_rebind_event:
+        yield "unset", ["Not allowed with trigger_rebind_event."]
+    elif both := [key for key in request.unset if key in request.data]:
+        yield "unset", [f"{', '.join(map(ascii, both))} is set by data."]
+    if request.undo is not None and (request.data or request.unset or request.trigger_rebind_event):
+        yield "undo", ["Needs data to be {}, and is not allowed with unset or trigger_rebind_event."]
 
 
 class RecipientField(fields.Field[str | list[str]]):

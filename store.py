@@ -1,25 +1,20 @@
-"""The database: its tables, its transactions and its connections.
+"""The database: its tables, its transactions, and what its errors mean.
 
-The tables are a public interface (SPEC.md, "Messages come and go"): senders add messages and delivery workers take them
-away, in any language, while rebinds run. What a rebind means is not here but in queues.py.
+The tables are a public interface (docs/contract.md, "Messages come and go"): senders add messages and delivery workers
+remove them, in any language, while rebinds run. What a rebind means is in queues.py, not here.
 """
 
-import codecs
-import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import methodcaller
+from types import ModuleType
 from typing import Any
 
-from psycopg.errors import DeadlockDetected, SerializationFailure
 from sqlalchemy import (
     DDL,
-    JSON,
+    REAL,
     BigInteger,
     CheckConstraint,
     Column,
-    ColumnElement,
     Connection,
     Double,
     Engine,
@@ -31,111 +26,148 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
-    bindparam,
-    column,
-    create_engine,
     event,
-    func,
+    insert,
     inspect,
-    literal_column,
     select,
-    text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from mail import from_json, to_json
-from sqlfunctions import octets
+from message import from_json, recipient_of, recipient_text, to_json
 
-MAX_NAME = 2000  # bytes of a queue's name: what an index of PostgreSQL takes, with room to spare
-TOO_LONG = f"the name of a queue is longer than {MAX_NAME} bytes"
+SCHEMA_VERSION = 2  # of the tables below; 1 had a `key` in messages, and no history
+MAX_NAME = 2000  # bytes of a queue's name or a message's id: what an index of PostgreSQL takes, with room to spare
+TOO_LONG = f"the name of a queue would be longer than {MAX_NAME} bytes"
+FIRST_SECOND, LAST_SECOND = -62135596800, 253402300799  # of the years 1 and 9999, in seconds since 1970
 
-# PostgreSQL writes a changed row anew, beside the old one: where its page has room for that, a rebind takes three
-# quarters of the time (docs/performance.md).
+# PostgreSQL writes a changed row beside the old one: if its page has room for that, a rebind takes three quarters of
+# the time (docs/performance.md).
 ROOM = {"fillfactor": 50}
 
-MAX_WAIT = 2_000_000  # seconds, in milliseconds within what both engines count
+MAX_WAIT = 2_000_000  # seconds: in milliseconds, this is within what both engines can count
 
 
-class StoreUnavailable(Exception):
-    """The database is locked, full or out of reach: nothing was done, unless the answer to a commit was lost.
+class StoreError(Exception):
+    """What the database cannot do. Its text may be shown to anybody.
+
+    reason: the rest, for the log and for those who work on this host: it may name the server.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.in_full = f"{message}: {reason}" if reason else message
+
+
+class StoreUnavailable(StoreError):
+    """The database is locked, full, read-only or out of reach. Nothing was done, unless a commit's answer was lost.
 
     Either way the same request may be sent again.
     """
 
 
 class StoreConflict(StoreUnavailable):
-    """Another transaction was in the way, and the database ended this one; tried again at once, it should pass."""
+    """The database ended this transaction in favour of another one. Tried again at once, it should pass."""
 
 
-class StoreRefused(Exception):
-    """A message cannot be kept as it would be: the name of its queue is too long."""
+class StoreRefused(StoreError):
+    """The tables do not allow what would be stored."""
 
 
-class StoreUnusable(Exception):
-    """The database cannot be used as it is configured: a bad URL, or a file that is no database."""
+class StoreUnusable(StoreError):
+    """The database cannot be used as it is configured: a bad URL, no such database, no right, another version."""
+
+
+class StoreDamaged(StoreUnusable):
+    """The file is damaged, or is not a database."""
 
 
 class Recipient(TypeDecorator[Any]):
-    """An address as it stands, or several as a JSON list of them.
-
-    No address starts with `[` (RFC 5321, section 4.1.2), so the two cannot be mistaken for one another.
-    """
+    """An envelope's recipient: an address, or a list of several. See `message.recipient_text`."""
 
     impl = Text
     cache_ok = True
 
     def process_bind_param(self, value: str | list[str] | None, dialect: Any) -> str | None:
-        return recipient_text(value) if isinstance(value, list) else value
+        return None if value is None else recipient_text(value)
 
     def process_result_value(self, value: str | None, dialect: Any) -> str | list[str] | None:
         return None if value is None else recipient_of(value)
 
 
-def recipient_text(value: str | list[str]) -> str:
-    """What stands in the column `recipient`."""
-    if isinstance(value, str):
-        return value
-    return value[0] if len(value) == 1 else json.dumps(value, ensure_ascii=False)
+class TextDocument(TypeDecorator[Any]):
+    """JSON in a column of type TEXT, as SQLite's STRICT tables need it."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> str | None:
+        return None if value is None else to_json(value)
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        return None if value is None else from_json(value)
 
 
-def recipient_of(text: str) -> str | list[str]:
-    """What `recipient_text` wrote."""
-    recipient: str | list[str] = json.loads(text) if text.startswith("[") else text
-    return recipient
-
-
-Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-Key = BigInteger().with_variant(Integer, "sqlite")
+Document = JSONB(none_as_null=True).with_variant(TextDocument(), "sqlite")
+Number = BigInteger().with_variant(Integer(), "sqlite")
+Seconds: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
 Name = Text().with_variant(Text(collation="C"), "postgresql")  # ordered by its bytes, as SQLite orders text
+
+
+def _is_time(column: str) -> CheckConstraint:
+    # NaN and the infinities are outside these limits too.
+    return CheckConstraint(f"{column} BETWEEN {FIRST_SECOND} AND {LAST_SECOND}", name=f"{column}_is_a_time")
+
+
+def _by_engine(name: str, sqlite: str, postgresql: str) -> tuple[CheckConstraint, CheckConstraint]:
+    """A constraint that each engine says in its own words."""
+    return (
+        CheckConstraint(sqlite, name=name).ddl_if(dialect="sqlite"),
+        CheckConstraint(postgresql, name=name).ddl_if(dialect="postgresql"),
+    )
+
 
 metadata = MetaData()
 
+schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True), sqlite_strict=True)
 
 messages = Table(
     "messages",
     metadata,
-    Column("key", Key, Identity(), primary_key=True),
-    Column("id", Text, nullable=False),
+    Column("id", Name, primary_key=True),
     Column("sender", Text, nullable=False),
     Column("recipient", Recipient, nullable=False),
     Column("domain", Text, nullable=False),
     Column("queue", Name, nullable=False),
     Column("meta", Document, nullable=False),
-    Column("size", BigInteger, nullable=False, server_default="0"),
-    Column("created", Double, nullable=False),
-    Column("due", Double, nullable=False),
+    Column("size", Number, nullable=False, server_default="0"),
+    Column("created", Seconds, nullable=False),
+    Column("due", Seconds, nullable=False),
     Column("num_attempts", Integer, nullable=False, server_default="0"),
-    # In one reading of it; json_type alone would let JSON5 pass, in a sender's later version of SQLite.
-    CheckConstraint("json_valid(meta) AND ltrim(meta, char(9, 10, 13, 32)) GLOB '{*'", name="meta_is_object").ddl_if(
-        dialect="sqlite"
+    *_by_engine(
+        "id_length",
+        f"length(CAST(id AS BLOB)) BETWEEN 1 AND {MAX_NAME}",
+        f"octet_length(id) BETWEEN 1 AND {MAX_NAME}",
     ),
-    CheckConstraint("jsonb_typeof(meta) = 'object'", name="meta_is_object").ddl_if(dialect="postgresql"),
-    CheckConstraint(octets(column("queue")) <= literal_column(str(MAX_NAME)), name="queue_length"),
-    Index("messages_id", "id", unique=True, postgresql_with=ROOM),
+    *_by_engine(
+        "recipient_is_address_or_list",
+        "CASE WHEN substr(recipient, 1, 1) = '[' THEN json_valid(recipient) AND json_type(recipient) = 'array' "
+        "AND json_array_length(recipient) > 0 ELSE recipient <> '' END",
+        "CASE WHEN left(recipient, 1) = '[' THEN jsonb_array_length(recipient::jsonb) > 0 ELSE recipient <> '' END",
+    ),
+    *_by_engine("queue_length", f"length(CAST(queue AS BLOB)) <= {MAX_NAME}", f"octet_length(queue) <= {MAX_NAME}"),
+    *_by_engine(
+        "meta_is_object",
+        # json_type alone would accept JSON5 in later versions of SQLite.
+        "json_valid(meta) AND ltrim(meta, char(9, 10, 13, 32)) GLOB '{*'",
+        "jsonb_typeof(meta) = 'object'",
+    ),
+    CheckConstraint("size >= 0 AND num_attempts >= 0", name="counts_are_not_negative"),
+    _is_time("created"),
+    _is_time("due"),
+    sqlite_strict=True,
     postgresql_with=ROOM,
 )
 
@@ -144,11 +176,12 @@ messages_queue_due = Index("messages_queue_due", messages.c.queue, messages.c.du
 contents = Table(
     "contents",
     metadata,
-    Column("id", Text, ForeignKey(messages.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("id", Name, ForeignKey(messages.c.id, ondelete="CASCADE"), primary_key=True),
     Column("data", LargeBinary, nullable=False),
+    sqlite_strict=True,
 )
 
-# The foreign key does so in SQLite only on connections that ask for it, which a worker in another language may not.
+# SQLite honours the foreign key only on connections that ask for it, which a worker in another language may not do.
 event.listen(
     contents,
     "after_create",
@@ -157,254 +190,189 @@ event.listen(
     ).execute_if(dialect="sqlite"),
 )
 
+rebinds = Table(
+    "rebinds",
+    metadata,
+    Column("rebind_id", Text, primary_key=True),
+    Column("event_time", Seconds, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("nodeid", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("request", Document, nullable=False),  # all that was asked, as history.asked gives it
+    Column("idempotency_key", Text, unique=True),
+    Column("matched", Number, nullable=False),
+    Column("moved", Number, nullable=False),
+    Column("flushed", Number, nullable=False),
+    Column("left_alone", Number),  # of an undo: Rebind-Left
+    Column("first_key", Number, nullable=False),  # its records' keys in the log lie from here …
+    Column("last_key", Number, nullable=False),  # … to here, with others' between them
+    _is_time("event_time"),
+    sqlite_strict=True,
+)
+
 log = Table(
     "log",
     metadata,
-    Column("key", Key, Identity(), primary_key=True),
+    Column("key", Number, Identity(), primary_key=True),
     Column("type", Text, nullable=False),
-    Column("id", Text, nullable=False),
+    Column("id", Name, nullable=False),
     Column("sender", Text, nullable=False),
     Column("recipient", Recipient, nullable=False),
-    Column("queue", Text, nullable=False),
-    Column("meta", Document, nullable=False),
-    Column("size", BigInteger, nullable=False),
-    Column("created", Double, nullable=False),
-    Column("num_attempts", Integer, nullable=False),
-    Column("event_time", Double, nullable=False),
-    Column("nodeid", Text, nullable=False),
-    # of an AdminRebind record alone:
+    Column("queue", Name, nullable=False),
+    # of an AdminRebind record alone; what all records of a rebind share is in `rebinds`:
+    Column("old_queue", Name),
     Column("rebind_id", Text),
-    Column("old_queue", Text),
-    Column("reason", Text),
-    Column("actor", Text),
-    # of a delivery attempt's record alone: the fields that it has beside those of every record
-    Column("details", Document),
+    Column("size", Number, nullable=False),
+    Column("created", Seconds, nullable=False),
+    Column("num_attempts", Integer, nullable=False),
+    # of all others:
+    Column("event_time", Seconds),
+    Column("nodeid", Text),
+    Column("details", Document),  # the fields of the record beside those of every record
+    # sender, recipient and meta are what they were before a rebind …
+    Column("meta", Document, nullable=False),
+    Column("changes", Document),  # … and this is what it changed (message.Changes), if not just what it asked for
+    _is_time("created"),
+    _is_time("event_time"),
+    CheckConstraint("event_time IS NOT NULL OR rebind_id IS NOT NULL", name="event_time_or_rebind"),
     sqlite_autoincrement=True,  # a key is never used again, so that a reader who holds one misses nothing
+    sqlite_strict=True,
 )
 
 
-def in_queues(db: Connection, queue: ColumnElement[str], names: Sequence[str]) -> ColumnElement[bool]:
-    """Whether `queue` is one of the queues `names`, however many: they travel as one parameter."""
-    if db.dialect.name == "sqlite":
-        return queue.in_(select(func.json_each(json.dumps(names)).table_valued("value").c.value))
-    return queue == func.any(bindparam("queues", names, ARRAY(Text)))
-
-
-# To look, to read and to write. In SQLite a transaction that reads first and writes later fails at once where another
-# wrote in between, whatever the busy timeout: a writer takes its turn at its beginning. A reader neither waits nor is
-# waited for.
-BEGIN = {"sqlite": (None, "BEGIN", "BEGIN IMMEDIATE"), "postgresql": (None, "BEGIN", "BEGIN")}
-ENCODING = {"sqlite": "PRAGMA encoding", "postgresql": "SHOW server_encoding"}
-
-
 class Database:
-    """A database of messages, and its transactions. It keeps nothing in memory but connections.
+    """A database of messages, and its transactions. It keeps nothing in memory except connections.
 
+    engine: the module sqlite or postgresql.
     url: SQLAlchemy's, `sqlite:///FILE` or `postgresql+psycopg://…`.
     busy_timeout: how long a statement waits for others, in seconds.
-    Raises StoreUnusable where one of them cannot be used.
+    Raises StoreUnusable.
     """
 
-    def __init__(self, url: str, busy_timeout: float) -> None:
+    def __init__(self, engine: ModuleType, url: str, busy_timeout: float) -> None:
         if not isinstance(busy_timeout, int | float) or not 0 <= busy_timeout <= MAX_WAIT:
-            raise StoreUnusable(f"the busy timeout {busy_timeout!r} is no number of seconds from 0 to {MAX_WAIT}")
+            raise StoreUnusable(f"the busy timeout must be a number of seconds from 0 to {MAX_WAIT}: {busy_timeout!r}")
+        self.engine, self._url = engine, url
         try:
-            engine = _engine(url, busy_timeout)
-        except (ArgumentError, ImportError) as error:
+            connections = engine.connect_to(url, busy_timeout)
+        except (ArgumentError, ImportError, ValueError) as error:
             raise StoreUnusable(f"the database URL cannot be used: {error}") from error
-        self._looking, self._reading, self._writing = (
-            engine.execution_options(begin=begin) for begin in BEGIN[engine.name]
-        )
+        event.listen(connections, "begin", _begin)
+        self._autocommit = connections.execution_options(begin=None)
+        self._reading = connections.execution_options(begin="BEGIN")
+        self._writing = connections.execution_options(begin=engine.BEGIN_WRITE)
         self._prepared = False
 
     @contextmanager
-    def look(self) -> Iterator[Connection]:
-        """For statements that read, each by itself: no transaction, which takes longer to begin and to end.
+    def autocommit(self) -> Iterator[Connection]:
+        """For statements that read, each by itself: no transaction, whose begin and end would take longer.
 
         They wait for no writer. Raises StoreUnavailable.
         """
-        with self._begin(self._looking) as db:
+        with self._transaction(self._autocommit) as db:
             yield db
 
     @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """A transaction that changes nothing, and waits for no writer: whatever it did is rolled back at its end.
+    def begin_read(self) -> Iterator[Connection]:
+        """A transaction that changes nothing and waits for no writer: it is rolled back at its end.
 
         Raises StoreUnavailable.
         """
-        with self._begin(self._reading) as db:
+        with self._transaction(self._reading) as db:
             yield db
-            db.rollback()  # or a commit whose answer is lost would be told of, where nothing was to be done
+            db.rollback()  # a failed COMMIT must not be reported as "may have been done"
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def begin_write(self) -> Iterator[Connection]:
         """A transaction that may change everything: committed at the end of the block, rolled back by any exception.
 
-        Raises StoreUnavailable.
+        Raises StoreUnavailable, StoreConflict and StoreRefused.
         """
-        with self._begin(self._writing) as db:
+        with self._transaction(self._writing) as db:
             yield db
 
-    def prepare(self) -> None:
-        """Create the tables where they are missing; of several processes at once, one does.
+    def prepare(self, create: bool = False) -> None:
+        """Check that the store can be used; with `create`, create its tables first if it has none.
 
         Raises StoreUnavailable and StoreUnusable.
         """
         if self._prepared:
             return
         try:
-            with _translated(), self._looking.begin() as db:
-                missing = not all(inspect(db).has_table(name) for name in metadata.tables)
-            if missing:
-                with _translated(), self._writing.begin() as db:
-                    take_turns(db)
-                    metadata.create_all(db)
-            with _translated(), self._looking.begin() as db:
-                _refuse_encoding(db)
-                _refuse_damaged(db)
+            if create:
+                self.engine.create_file(self._url)
+            self.engine.refuse_missing(self._url)
+            with self._translated(), self._autocommit.begin() as db:
+                self.engine.refuse_encoding(db)
+                found = set(inspect(db).get_table_names()) & metadata.tables.keys()
+            if not found and create:
+                self._create_tables()
+            elif not found:
+                raise StoreUnusable(f"there is no store at {self.engine.shown(self._url)}")
+            else:
+                self._refuse_version(found)
         finally:
-            self._looking.dispose()  # a connection must not be carried into a forked worker
+            self._autocommit.dispose()  # a connection must not be carried into a forked worker
         self._prepared = True
 
+    def check(self) -> None:
+        """Read all messages once, so that a damaged file is found now and not by the first rebind.
+
+        Raises StoreDamaged and StoreUnavailable.
+        """
+        with self.autocommit() as db:
+            self.engine.refuse_damaged(db)
+        self._autocommit.dispose()
+
+    def _create_tables(self) -> None:
+        with self._translated(), self._writing.begin() as db:
+            self.engine.take_turn(db)  # of several processes at once, one creates them
+            metadata.create_all(db)
+            if not db.scalar(select(schema_version.c.version)):
+                db.execute(insert(schema_version).values(version=SCHEMA_VERSION))
+
+    def _refuse_version(self, tables: set[str]) -> None:
+        version = 1
+        if schema_version.name in tables:
+            with self._translated(), self._autocommit.begin() as db:
+                version = db.scalar(select(schema_version.c.version)) or 0
+        if version != SCHEMA_VERSION:
+            raise StoreUnusable(
+                f"the store at {self.engine.shown(self._url)} has schema version {version}, and this is version "
+                f"{SCHEMA_VERSION}: print its messages with the old code, and load them into a new store with "
+                "`flask load`"
+            )
+
     @contextmanager
-    def _begin(self, engine: Engine) -> Iterator[Connection]:
+    def _transaction(self, engine: Engine) -> Iterator[Connection]:
         self.prepare()
         committing = False
         try:
-            with _translated(), engine.begin() as db:
+            with self._translated(), engine.begin() as db:
                 yield db
                 committing = True
         except StoreUnavailable as error:
+            self._prepared = isinstance(error, StoreConflict)  # the next one looks at the store again
             if not (committing and _is_cut(error)):
                 raise
-            message = "the database's answer to the commit was lost: all of it is done or nothing; it may be sent again"
+            message = "the answer to the commit was lost: either everything was done or nothing; it may be sent again"
             raise StoreUnavailable(message) from error.__cause__
 
-
-def take_turns(db: Connection) -> None:
-    """Wait until no other transaction that took turns is running. SQLite's writing transactions do so anyway."""
-    if db.dialect.name == "postgresql":
-        db.execute(text("SELECT pg_advisory_xact_lock(hashtext('rebind'))"))
-
-
-def expect_many(db: Connection) -> None:
-    """Let SQLite keep 32 MiB of pages in memory on this connection, and not 2, as its index is changed all over."""
-    if db.dialect.name == "sqlite":
-        db.execute(text("PRAGMA cache_size = -32768"))
-
-
-def wait_for_writers(db: Connection) -> None:
-    """Wait until every transaction that has written something by now has ended, so that it can be read or never was."""
-    if db.dialect.name == "postgresql":  # SQLite has one at a time, which nobody overtakes
-        begun = db.scalar(text("SELECT pg_snapshot_xmax(pg_current_snapshot())::text"))
-        running = text("SELECT pg_snapshot_xmin(pg_current_snapshot()) < CAST(:begun AS xid8)")
-        while db.scalar(running, {"begun": begun}):
-            time.sleep(0.05)
-
-
-def _refuse_encoding(db: Connection) -> None:
-    """Any text must be kept, and names be ordered as UTF-8's bytes are. Raises StoreUnusable."""
-    encoding = db.scalar(text(ENCODING[db.dialect.name]))
-    if encoding not in ("UTF-8", "UTF8"):
-        raise StoreUnusable(f"the encoding of the database is {encoding}: it must be UTF-8")
-
-
-def _refuse_damaged(db: Connection) -> None:
-    """Read the messages through, and not only the tables' names: at the start, rather than at the first rebind.
-
-    Their contents and the log, which may be many times as large, are not read. Raises StoreUnusable.
-    """
-    if db.dialect.name == "sqlite":  # PostgreSQL has no file that we could read
-        fault = db.scalar(text("PRAGMA quick_check(messages)"))
-        if fault != "ok":
-            raise StoreUnusable(f"the database is damaged: {' '.join(str(fault).split())}")
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """The one place where a driver's errors become ours. What they mean is in a table of each engine."""
+        try:
+            yield
+        except PoolTimeout as error:
+            raise StoreUnavailable("no database connection was free in time") from error
+        except DBAPIError as error:
+            if meaning := self.engine.meaning(error):
+                raise meaning from error
+            raise
 
 
 def _is_cut(error: StoreUnavailable) -> bool:
     return isinstance(error.__cause__, DBAPIError) and error.__cause__.connection_invalidated
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """The one place where a driver's errors become ours."""
-    try:
-        yield
-    except PoolTimeout as error:
-        raise StoreUnavailable(f"no database connection was free: {error}") from error
-    except IntegrityError as error:
-        if "queue_length" in str(error.orig):
-            raise StoreRefused(TOO_LONG) from error
-        raise StoreRefused(f"the tables do not allow it: {str(error.orig).splitlines()[0]}") from error
-    except (OperationalError, InterfaceError) as error:
-        if isinstance(error.orig, (DeadlockDetected, SerializationFailure)):
-            raise StoreConflict(f"the database ended the transaction: {error.orig}") from error
-        raise StoreUnavailable(f"the database cannot do this now: {error.orig}") from error
-    except DBAPIError as error:
-        if "not a database" in str(error.orig) or "malformed" in str(error.orig):
-            raise StoreUnusable(f"the database is damaged, or is none: {error.orig}") from error
-        raise
-
-
-def _engine(url: str, busy_timeout: float) -> Engine:
-    parts = make_url(url)
-    dialect = parts.get_backend_name()
-    if dialect not in ("sqlite", "postgresql"):
-        raise ArgumentError(f"{dialect} is neither sqlite nor postgresql")
-    if dialect == "sqlite" and parts.database in (None, "", ":memory:"):
-        raise ArgumentError("a database in memory is not shared: name a file")
-    if dialect == "sqlite":
-        engine = create_engine(url, json_serializer=to_json, json_deserializer=from_json)
-        event.listen(engine, "connect", lambda connection, _: _set_up_sqlite(connection, busy_timeout))
-    else:
-        engine = create_engine(
-            url,
-            json_serializer=to_json,
-            json_deserializer=lambda value: from_json(value.decode()),
-            pool_pre_ping=True,  # a connection that was cut is replaced before it is used
-            connect_args={"connect_timeout": max(2, int(busy_timeout))},  # libpq takes no less
-        )
-        event.listen(engine, "connect", lambda connection, _: _set_up_postgresql(connection, busy_timeout))
-    event.listen(engine, "begin", _begin)
-    return engine
-
-
-def _set_up_sqlite(connection: Any, busy_timeout: float) -> None:
-    connection.isolation_level = None  # the driver begins nothing by itself: _begin does
-    connection.execute(f"PRAGMA busy_timeout = {busy_timeout * 1000:.0f}")
-    connection.execute("PRAGMA page_size = 8192")  # bytes, of a new file; docs/performance.md says why so many
-    connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.text_factory = methodcaller("decode", "utf-8", "rebind.lenient")
-    # Two processes that turn a new file to WAL at the same moment do not wait for one another by themselves.
-    deadline = time.monotonic() + busy_timeout
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except connection.OperationalError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-
-
-def _lenient(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Text that is no UTF-8 must not keep everybody from reading the rest.
-
-    Half a character, as a sender can write it by JSON's escapes, is kept, so that its queue is found by its name.
-    """
-    try:
-        return codecs.lookup_error("surrogatepass")(error)
-    except UnicodeError:
-        return codecs.replace_errors(error)
-
-
-codecs.register_error("rebind.lenient", _lenient)
-
-
-def _set_up_postgresql(connection: Any, busy_timeout: float) -> None:
-    connection.autocommit = True  # the driver begins nothing by itself: _begin does
-    connection.execute("SET default_transaction_isolation = 'read committed'")
-    connection.execute(f"SET lock_timeout = {max(1, busy_timeout * 1000):.0f}")  # 0 would be for ever
 
 
 def _begin(db: Connection) -> None:

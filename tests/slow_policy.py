@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from mail import Message
+
 from queues import rebind
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import requests
+from bulk import BATCH
 from conftest import PATH, Service, launch, logged, message, start_service, stop_service, stored, until
+from policy import PolicyError
 from sqlalchemy import create_engine, make_url, text
 
 from app import create_app
-from bulk import BATCH
-from policy import PolicyError
 from queues import QueueRegistry
 from store import MAX_NAME, StoreUnusable
 

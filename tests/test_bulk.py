@@ -9,13 +9,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import bulk
 import pytest
 from conftest import logged, look, message, stored
+from mail import Message
 from sqlalchemy import event, text
 from sqlalchemy.engine import Engine
 
-import bulk
-from mail import Message
 from queues import HandlerFailed, QueueRegistry, RebindRequest, RebindResult, rebind
 from store import StoreRefused
 

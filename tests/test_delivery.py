@@ -10,9 +10,9 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 from conftest import ROOT, Service, free_port, message, stored
+from deliverylog import response
 
 from delivery import bounced, claim, delivered, postponed
-from deliverylog import response
 from queues import QueueRegistry, RebindRequest
 
 

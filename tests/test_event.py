@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import policy
 import pytest
+from bulk import BATCH
 from conftest import logged, look, message, stored
+from mail import Message
 from sqlalchemy import text
 
-import policy
-from bulk import BATCH
-from mail import Message
 from queues import HandlerFailed, NoHandler, QueueRegistry, RebindRequest, RebindResult, rebind
 
 Handler = Callable[..., object]

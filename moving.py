@@ -1,0 +1,200 @@
+"""What both engines share when many messages are selected and changed. Their own ways are in their modules.
+
+An engine offers two ways to change messages: `update_all` changes them by SQL alone, and Python never sees one;
+`update_each` streams them through Python in batches.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    func,
+    literal,
+    literal_column,
+    select,
+    type_coerce,
+)
+
+from store import MAX_NAME, TOO_LONG, StoreRefused, log, messages
+
+BATCH = 500  # messages or records that are in memory at once
+MAX_BATCH = 2**22  # characters of their metadata
+MAX_MOVES = 100  # entries of a plan
+
+Row = Sequence[Any]
+Values = Mapping[str, Any]
+"""What to set or write, by column."""
+
+# A message as a row that is read by the driver alone, without SQLAlchemy's types: `update_each` reads these columns.
+MESSAGE_COLUMNS: list[ColumnElement[Any]] = [
+    messages.c.sender,
+    type_coerce(messages.c.recipient, Text),
+    cast(messages.c.meta, Text),
+    *(messages.c[name] for name in ("id", "queue", "size", "created", "due", "num_attempts", "domain")),
+]
+# With `Selection.of_records`, these follow: what a record says of the message.
+RECORD_COLUMNS: list[ColumnElement[Any]] = [
+    log.c.sender,
+    type_coerce(log.c.recipient, Text),
+    cast(log.c.meta, Text),
+    cast(log.c.changes, Text),
+]
+
+BEFORE = ["id", "sender", "recipient", "size", "created", "num_attempts", "meta"]
+"""A record's columns that hold what its message was before."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some messages, or those of them that are due soonest."""
+
+    where: ColumnElement[bool]
+    limit: int | None = None
+    of_records: bool = False
+    """Each message comes with a record of it, which `where` picks too. A limit is then only an order."""
+    are_most: bool = False
+    """SQLite: they are most of all messages, which its planner does not know."""
+
+    def columns(self, at: ColumnElement[Any]) -> list[ColumnElement[Any]]:
+        """What `update_each` reads of each message; `at` is what the engine finds it by."""
+        return [*MESSAGE_COLUMNS, at, *(RECORD_COLUMNS if self.of_records else [])]
+
+    def select(self, *columns: ColumnElement[Any]) -> Select[Any]:
+        """These columns of each."""
+        source: FromClause = messages.join(log, messages.c.id == log.c.id) if self.of_records else messages
+        found = select(*columns).select_from(source).where(self.where)
+        if self.are_most and self.limit is None and not self.of_records:
+            found = found.with_hint(messages, "NOT INDEXED", "sqlite")  # a scan is faster than random access
+        if self.limit is not None:
+            found = found.order_by(messages.c.due, messages.c.id)
+        return found if self.of_records else found.limit(self.limit)
+
+
+@dataclass(frozen=True)
+class NewState:
+    """What a rebind by data makes of each message, in SQL."""
+
+    queue: ColumnElement[str]
+    """Its new name."""
+    meta: ColumnElement[Any] | None
+    """Its new metadata; None if that does not change."""
+    now: float
+    """When those that move are due, in seconds since 1970."""
+    flush: bool
+    """All are due now, not only those that move."""
+    renames: bool
+    """A naming key is set or removed, so that most messages will move."""
+
+    def values(self, moves: bool = True) -> dict[str, Any]:
+        """What to set, by column. `moves`: whether any message moves."""
+        values: dict[str, Any] = {} if self.meta is None else {"meta": self.meta}
+        if moves:
+            due = case((messages.c.queue != self.queue, self.now), else_=messages.c.due)
+            values |= {"queue": self.queue, "due": due}
+        return values | ({"due": literal(self.now)} if self.flush else {})
+
+
+class Update(NamedTuple):
+    """What `update_each` makes of one message, each field as its column holds it."""
+
+    sender: str
+    recipient: str
+    domain: str
+    meta: str
+    queue: str
+    due: float
+    """In seconds since 1970."""
+    at: Any
+    """What the engine finds the message by."""
+    changes: str
+    """message.Changes as JSON, for its record."""
+    old_queue: str
+
+
+UPDATED_COLUMNS = Update._fields[:6]
+
+Decide = Callable[[Iterable[Row]], Iterator[Update]]
+"""Makes updates of rows of `Selection.columns`, lazily and in their order. It may leave messages out, or stop."""
+
+
+class Move(NamedTuple):
+    """An entry of a plan: how many messages would go from one queue to another."""
+
+    source: str
+    to: str
+    messages: int
+
+
+class Plan(NamedTuple):
+    """What a rebind would do."""
+
+    matched: int
+    moved: int
+    moves: list[Move]
+    """The largest, at most MAX_MOVES."""
+    more: int
+    """How many entries were left out."""
+
+
+def plan(db: Connection, found: Selection, new_queue: ColumnElement[str], octets: Any) -> Plan:
+    """What would become of the messages if they were renamed so.
+
+    octets: the engine's expression for the length of a text in bytes.
+    Raises StoreRefused if the tables would refuse a name.
+    """
+    # OFFSET 0 keeps the planner from evaluating the new name at each place that uses it.
+    each = found.select(messages.c.queue, new_queue.label("to")).offset(literal_column("0")).subquery()
+    pairs = select(each.c.queue, each.c.to, func.count().label("n")).group_by(each.c.queue, each.c.to).subquery()
+    moved = func.sum(pairs.c.n).filter(pairs.c.queue != pairs.c.to)
+    totals = (func.count(), func.sum(pairs.c.n), moved, func.max(octets(pairs.c.to)))
+    rows = db.execute(
+        select(pairs, *(total.over() for total in totals))
+        .order_by(pairs.c.n.desc(), pairs.c.queue, pairs.c.to)
+        .limit(MAX_MOVES)
+    ).all()
+    if not rows:
+        return Plan(0, 0, [], 0)
+    entries, matched, moving, longest = rows[0][3:]
+    if longest > MAX_NAME:
+        raise StoreRefused(TOO_LONG)
+    return Plan(int(matched), int(moving or 0), [Move(*row[:3]) for row in rows], entries - len(rows))
+
+
+def batches(updates: Iterator[Update]) -> Iterator[list[Update]]:
+    """The updates, so many at a time."""
+    batch: list[Update] = []
+    size = 0
+    for one in updates:
+        batch.append(one)
+        size += len(one.meta)
+        if len(batch) == BATCH or size > MAX_BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def record_columns(rebind_id: str, before: Any, new_queue: Any, old_queue: Any) -> dict[str, Any]:
+    """A record's columns, with what the message was from the columns of `before`."""
+    columns = {name: before[name] for name in BEFORE}
+    columns |= {"type": literal("AdminRebind", Text), "rebind_id": literal(rebind_id, Text)}
+    return columns | {"queue": new_queue, "old_queue": old_queue}
+
+
+def in_place(rebind_id: str, first_key: int, last_key: int) -> ColumnElement[bool]:
+    """Whether a record is of this rebind, and its message still in the queue where the rebind left it."""
+    return and_(of_rebind(rebind_id, first_key, last_key), messages.c.queue == log.c.queue)
+
+
+def of_rebind(rebind_id: str, first_key: int, last_key: int) -> ColumnElement[bool]:
+    """Whether a record is of this rebind, whose records' keys lie in this range."""
+    return and_(log.c.key.between(first_key, last_key), log.c.rebind_id == rebind_id)

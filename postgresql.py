@@ -1,0 +1,301 @@
+"""PostgreSQL's way: connections, what its errors mean, expressions, and selecting and changing messages.
+
+sqlite.py has the same functions. queues.py chooses one of the two modules when the registry is bound.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from sqlalchemy import (
+    CTE,
+    JSON,
+    ColumnElement,
+    Connection,
+    Engine,
+    Insert,
+    Text,
+    Update,
+    bindparam,
+    cast,
+    column,
+    create_engine,
+    event,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
+
+from message import from_json, to_json
+from moving import BATCH, BEFORE, MAX_BATCH, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
+from moving import Update as MessageUpdate
+from store import TOO_LONG, StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable, log, messages
+
+BEGIN_WRITE = "BEGIN"
+
+# SQLSTATEs and their classes (PostgreSQL's documentation, appendix A), by what they mean to us.
+CONFLICT = ("40",)  # transaction rollback: a deadlock, a serialization failure
+REFUSED = ("22", "23", "54")  # data exception, integrity violation, a limit of the program
+UNUSABLE = ("28", "3D", "42501")  # who we are, which database, no right
+# Connection lost, out of resources, a lock that was not to be had, an operator's intervention, the system's errors;
+# read-only (a standby or a demoted primary); the timeout for idle transactions; a missing table (the database was made
+# again); a damaged file.
+UNAVAILABLE = ("08", "53", "55", "57", "58", "25006", "25P03", "42P01", "F0", "XX")
+
+
+def connect_to(url: str, busy_timeout: float) -> Engine:
+    """Connections to the database at `url`. Raises ArgumentError."""
+    half = max(2, round(busy_timeout / 2))  # libpq takes no less
+    engine = create_engine(
+        url,
+        json_serializer=to_json,
+        json_deserializer=lambda value: from_json(value.decode()),
+        pool_pre_ping=True,  # a connection that was cut is replaced before it is used
+        max_overflow=-1,  # the server's threads are the bound
+        connect_args={
+            "client_encoding": "utf8",
+            # A host that vanishes costs the busy timeout: half to notice it, half to try a new connection.
+            "connect_timeout": half,
+            "tcp_user_timeout": half * 1000,
+            "keepalives_idle": max(1, half // 2),
+            "keepalives_interval": max(1, half // 4),
+            "keepalives_count": 2,
+        },
+    )
+    event.listen(engine, "connect", lambda connection, _: _set_up(connection, busy_timeout))
+    return engine
+
+
+def _set_up(connection: Any, busy_timeout: float) -> None:
+    connection.autocommit = True  # the driver begins nothing by itself: store.Database does
+    connection.execute("SET default_transaction_isolation = 'read committed'")
+    connection.execute(f"SET lock_timeout = {max(1, busy_timeout * 1000):.0f}")  # 0 would be for ever
+    # A 200 is durable, whatever the role's setting; remote_apply is stronger.
+    connection.execute(
+        "SELECT set_config('synchronous_commit', 'on', false) "
+        "WHERE current_setting('synchronous_commit') <> 'remote_apply'"
+    )
+
+
+def shown(url: str) -> str:
+    """The store for people: its URL without a password."""
+    return make_url(url).set(password=None, query={}).render_as_string()
+
+
+def create_file(url: str) -> None:
+    """Nothing: a database is created by its administrator."""
+
+
+def refuse_missing(url: str) -> None:
+    """Nothing: the server tells when it is asked."""
+
+
+def refuse_encoding(db: Connection) -> None:
+    """Any text must be storable. Raises StoreUnusable."""
+    encoding = db.scalar(text("SHOW server_encoding"))
+    if encoding != "UTF8":
+        raise StoreUnusable(f"the encoding of the database is {encoding}: it must be UTF8")
+
+
+def refuse_damaged(db: Connection) -> None:
+    """Nothing: PostgreSQL has no file that we could read."""
+
+
+def meaning(error: DBAPIError) -> Exception | None:
+    """What a driver's error means to us; None if it is a fault in our own code."""
+    reason = " ".join(str(error.orig).split())
+    state = getattr(error.orig, "sqlstate", None)
+    if state is None:
+        known = isinstance(error.orig, psycopg.OperationalError)
+        if known and "invalid" not in reason:
+            return StoreUnavailable("the database is out of reach", reason)
+        return StoreUnusable("the database URL cannot be used", reason) if error.statement is None else None
+    said = error.orig.diag.message_primary or state  # type: ignore[union-attr]
+    if state.startswith(CONFLICT):
+        return StoreConflict(f"the database ended the transaction: {said}")
+    if state.startswith(REFUSED):
+        return StoreRefused(TOO_LONG if "queue_length" in reason else f"the tables do not allow it: {said}")
+    if state.startswith(UNUSABLE):
+        return StoreUnusable("the database cannot be used", reason)
+    if state.startswith(UNAVAILABLE):
+        return StoreUnavailable(f"the database cannot do this now: {said}")
+    return None
+
+
+def take_turn(db: Connection) -> None:
+    """Wait until no other rebind is running."""
+    db.execute(text("SELECT pg_advisory_xact_lock(hashtext('rebind'))"))
+
+
+def writers_of_log(db: Connection) -> set[str]:
+    """The transactions that may still commit records with smaller keys than the last one that can be read.
+
+    Each of them took this lock before it took a key.
+    """
+    return set(
+        db.scalars(
+            text(
+                "SELECT virtualtransaction FROM pg_locks WHERE relation = 'log'::regclass AND granted "
+                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+                "AND mode = 'RowExclusiveLock' AND pid IS DISTINCT FROM pg_backend_pid()"
+            )
+        )
+    )
+
+
+def last_key(db: Connection) -> int:
+    """The last key of the log that was given to anybody."""
+    return db.scalar(text("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM log_key_seq")) or 0
+
+
+def octets(value: ColumnElement[str]) -> ColumnElement[int]:
+    """How many bytes a text has in UTF-8."""
+    return func.octet_length(value)
+
+
+def in_queues(names: Sequence[str]) -> ColumnElement[Any]:
+    """Whether a message is in one of the queues; the names, however many, are one parameter."""
+    return messages.c.queue == func.any(bindparam("queues", names, ARRAY(Text)))
+
+
+def following(name: ColumnElement[str]) -> ColumnElement[str]:
+    """The first text after `name`, in the order of bytes: no text has a NUL here."""
+    return name + func.chr(1)
+
+
+def meta_text(key: str) -> ColumnElement[str]:
+    """The string at `key` of a message's metadata; NULL if there is none, or another type of value."""
+    value = f"messages.meta -> '{key}'"
+    return literal_column(f"CASE jsonb_typeof({value}) WHEN 'string' THEN messages.meta ->> '{key}' END", Text)
+
+
+def merge(data: Mapping[str, str], unset: Collection[str]) -> ColumnElement[Any]:
+    """A message's metadata with every key of `data` set and the keys `unset` removed."""
+    meta: ColumnElement[Any] = messages.c.meta
+    if unset:
+        meta = meta.op("-", return_type=JSONB())(literal(list(unset), ARRAY(Text)))
+    return meta.op("||", return_type=JSONB())(literal(data, JSONB)) if data else meta
+
+
+def select_from(db: Connection, found: Selection) -> Selection:
+    """The same messages: the planner has statistics of its own."""
+    return found
+
+
+def update_all(db: Connection, found: Selection, new: NewState, rebind_id: str | None) -> tuple[int, int]:
+    """Set the new state of all messages in one statement.
+
+    A message that another transaction has changed meanwhile is evaluated again. Messages are locked as they come: if a
+    worker locks several in another order, the database ends one of the two.
+
+    rebind_id: for the record of each; None to write no records.
+    Returns how many there were, and how many moved.
+    """
+    where = found.where
+    old: dict[str, ColumnElement[Any]] = {n: literal_column(f"old.{n}", messages.c[n].type) for n in ("queue", "meta")}
+    if found.limit is not None or not _returns_old(db):
+        locked = found.select(messages.c.id, messages.c.queue, messages.c.meta).with_for_update(
+            key_share=True, of=messages
+        )
+        before = locked.cte("locked")
+        where, old = messages.c.id == before.c.id, {"queue": before.c.queue, "meta": before.c.meta}
+    values = new.values() or {"meta": messages.c.meta}
+    returned = [messages.c[name] for name in (*BEFORE[:-1], "queue")]
+    changed: CTE = (
+        update(messages)
+        .where(where)
+        .values(values)
+        .returning(*returned, old["queue"].label("old_queue"), old["meta"].label("meta"))
+        .cte("changed")
+    )
+    moved = func.count().filter(changed.c.queue != changed.c.old_queue)
+    counts = select(func.count(), moved).select_from(changed)
+    if rebind_id is not None:
+        columns = record_columns(rebind_id, changed.c, changed.c.queue, changed.c.old_queue)
+        counts = counts.add_cte(insert(log).from_select(list(columns), select(*columns.values())).cte("records"))
+    matched, moving = db.execute(counts).one()
+    return matched, moving
+
+
+def _returns_old(db: Connection) -> bool:
+    """Whether UPDATE can return what was there before, as `old`: a fifth faster than to lock the messages first."""
+    return (db.dialect.server_version_info or (0,)) >= (18,)
+
+
+def rows(db: Connection, found: Selection) -> Iterator[Sequence[Any]]:
+    """The rows of each message, in a transaction that changes nothing."""
+    _plan_for_all_rows(db)
+    yield from db.execute(found.select(*found.columns(messages.c.id)), execution_options={"yield_per": BATCH})
+
+
+def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str | None) -> None:
+    """Make each message what `decide` says, and write a record of each unless `rebind_id` is None.
+
+    The cursor finds what was there when it was opened, and not what this transaction has made of it since. It locks as
+    it goes: another transaction that is in the way may end this one after handlers were called. While `decide` looks
+    at some messages, the server changes those before and reads those after them: that saves a third of the time.
+    """
+    each = found.select(*found.columns(messages.c.id)).with_for_update(key_share=True, of=messages).compile(db)
+    _plan_for_all_rows(db)
+    db.exec_driver_sql(f"DECLARE each_message CURSOR FOR {each}", each.params)
+    change = _update_batch(rebind_id).compile(db)
+    with _pipeline(db) as driver:
+        for batch in batches(decide(_read_ahead(driver))):
+            updates = to_json([one._asdict() for one in batch])
+            driver.execute(str(change), change.params | {"updates": updates})
+
+
+def _read_ahead(driver: psycopg.Connection) -> Iterator[Sequence[Any]]:
+    """The cursor's rows. The next ones are asked for before these are used."""
+    size = 16
+    reading = driver.execute(f"FETCH {size} FROM each_message")
+    while found := reading.fetchall():
+        is_large = sum(len(row[2]) for row in found) > MAX_BATCH // 2
+        size = max(1, size // 4) if is_large else min(BATCH, size * 2)
+        reading = driver.execute(f"FETCH {size} FROM each_message")
+        yield from found
+
+
+def _update_batch(rebind_id: str | None) -> Update | Insert:
+    """Make messages what `updates` says, a JSON list of moving.Update, and write their records if wanted."""
+    each = (
+        func.json_to_recordset(bindparam("updates", type_=JSON))
+        .table_valued(*(column(name, Text()) for name in MessageUpdate._fields))
+        .render_derived(with_types=True)
+    )
+    new = {name: cast(each.c[name], messages.c[name].type) for name in UPDATED_COLUMNS}
+    change = update(messages).where(messages.c.id == each.c.at).values(new)
+    if rebind_id is None:
+        return change
+    # Both parts of the statement see the messages as they were before it.
+    columns = record_columns(rebind_id, messages.c, each.c.queue, messages.c.queue)
+    columns |= {"changes": cast(each.c.changes, JSONB)}
+    records = select(*columns.values()).where(messages.c.id == each.c.at)
+    return insert(log).from_select(list(columns), records).add_cte(change.cte("changed"))
+
+
+@contextmanager
+def _pipeline(db: Connection) -> Iterator[psycopg.Connection]:
+    """The driver's own connection, on which a statement does not wait for the one before it.
+
+    Its errors are turned into SQLAlchemy's, which has no pipeline.
+    """
+    driver: Any = db.connection.driver_connection
+    try:
+        with driver.pipeline():
+            yield driver
+    except psycopg.Error as error:
+        raise DBAPIError.instance(None, None, error, psycopg.Error) from error
+
+
+def _plan_for_all_rows(db: Connection) -> None:
+    """Let the planner expect that a cursor is read to its end."""
+    db.execute(text("SET LOCAL cursor_tuple_fraction = 1"))
