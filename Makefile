@@ -1,36 +1,41 @@
-# The newcomer's commands. They need Python 3.11 or newer, with venv, and make.
+# They need make, and Python 3.11 or newer with venv. Another Python than python3: make test PYTHON=python3.13
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes
 
 help:  ## List these targets.
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-6s %s\n", $$1, $$2 }' Makefile
 
-run: .venv/run  ## Serve on 127.0.0.1:8000, with sample messages where there are none.
-	@$(BIN)/flask queues --json | grep -q . || $(BIN)/python examples/sample.py | $(BIN)/flask load -
+run: .venv/run  ## Serve on 127.0.0.1:8000. The default store gets sample messages while it is empty.
+	@test -n "$${REBIND_DATABASE_URL+set}" || $(BIN)/flask queues --json | grep -q . \
+		|| $(BIN)/python examples/sample.py | $(BIN)/flask load -
 	$(BIN)/gunicorn wsgi:app
 
-test: check  ## Check the code, and run every test.
-	$(BIN)/pytest
+check: lint  ## Check style, formatting and types, and run the fast tests.
+	$(BIN)/pytest -m "not slow" -n auto
 
-bench: .venv/dev  ## Measure it, beside bare SQL: docs/performance.json and .png. It takes an hour and a half, and 20 GB.
+test: lint  ## The same with every test. This is what CI runs.
+	$(BIN)/pytest -n auto
+
+bench: .venv/dev  ## Measure the speed, for docs/performance.md. Takes an hour and a half, and 20 GB.
 	$(BIN)/python bench/run.py
 
-check: .venv/dev  ## Lint, formatting and types.
+clean:  ## Remove all that make created, except messages: the default store is instance/queues.db.
+	rm -rf .venv .hypothesis .*_cache bench/stores
+
+lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-clean:  ## Remove the virtual environment, the store with its messages, and those of the benchmark.
-	rm -rf .venv instance bench/stores
-
 .venv/run: requirements.txt
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=…")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	@touch $@
 
 .venv/dev: .venv/run requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	@touch $@
 
-.PHONY: help run test bench check clean
+.PHONY: help run check test bench clean lint

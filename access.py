@@ -1,23 +1,26 @@
-"""Who may ask: trusted networks, and HTTP Basic credentials from an htpasswd file. SPEC.md, "Who may ask".
+"""Who may ask: trusted networks, and HTTP Basic credentials from an htpasswd file. docs/contract.md, "Who may ask".
 
-It decides who asks, and whether they may, before anything else looks at a request; not what they may do.
+This runs before anything else looks at a request. Whoever may ask may do everything: there are no roles.
 """
 
 import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from pathlib import Path
 from typing import Any
 
 import bcrypt
 from flask import Flask, current_app, g, request
-from passlib.apache import HtpasswdFile  # type: ignore[import-untyped]
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, ServiceUnavailable, Unauthorized
-from werkzeug.middleware.proxy_fix import ProxyFix
 
 LOOPBACK = ip_address("127.0.0.1")
-BCRYPT_HASH = re.compile(rb"\$2[aby]\$(0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 BCRYPT_MAX = 72  # bytes of a password that count
+DEFAULT_COST = 5  # of a hash that htpasswd -B makes
 
+# One line of an htpasswd file. It is strict about the hash because bcrypt.checkpw raises ValueError for a bad one.
+USER = re.compile(r"([^:]+):(\$2[aby]\$(?:0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31})")
+
+Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 
@@ -26,88 +29,84 @@ class AccessError(Exception):
 
 
 def init_app(app: Flask) -> None:
-    """Guard every path and method of `app`, those that it does not have included.
+    """Guard every path and method of `app`, unknown ones too. Call it before adding other before_request functions.
 
-    Its settings: TRUSTED_HOSTS, networks with commas between them; HTPASSWD, the path of an htpasswd file, or None;
-    PROXIES, how many proxies stand before the service. To be called before anything else that looks at requests.
-    Raises AccessError.
+    Settings: TRUSTED_HOSTS, networks separated by commas; HTPASSWD, the path of an htpasswd file or None; PROXIES, the
+    number of proxies in front of the service. Raises AccessError.
     """
     app.config["TRUSTED_NETWORKS"] = read_networks(app.config["TRUSTED_HOSTS"])
-    app.config["TRUSTED_HOSTS"] = None  # Flask has a setting of this name: the names that a Host header may have
+    app.config["TRUSTED_HOSTS"] = None  # In Flask, this setting lists the names that a Host header may have.
     app.config["PROXIES"] = read_proxies(app.config["PROXIES"])
     if app.config["HTPASSWD"]:
         read_hashes(app.config["HTPASSWD"])
-    if app.config["PROXIES"]:
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=app.config["PROXIES"], x_proto=0)  # type: ignore[method-assign]
     app.before_request(guard)
 
 
 def actor() -> str:
-    """Who asks, for the log and the records: the user's name, or the peer's address ("unix" for a unix socket's)."""
+    """Who asks, for logs and records: the user's name, or else the peer's address, "unix" or "unknown"."""
     return str(g.actor)
 
 
 def guard() -> None:
-    """Let a request pass, or not. SPEC.md, "Who may ask".
+    """Let a request pass if its credentials are valid or its peer is trusted. docs/contract.md, "Who may ask".
 
-    Credentials go before the address: who gives them well is that user, from wherever; who gives them wrongly is
-    refused, though the address alone would have been enough, since the records must not name another than was meant.
-    Without an htpasswd file nobody can check them, and they count for nothing.
+    Valid credentials identify the user from any address. Wrong ones are refused even from a trusted host, so that no
+    record names the wrong actor. Without an htpasswd file, credentials are ignored.
 
-    Raises Unauthorized where credentials would help, Forbidden where there are none, and ServiceUnavailable for
-    credentials while the htpasswd file cannot be read.
+    Raises Unauthorized if credentials would help, Forbidden if none are configured, and ServiceUnavailable if the
+    htpasswd file cannot be read.
     """
-    g.actor = peer_name()
+    g.actor, address = peer()
     if "Authorization" in request.headers and current_app.config["HTPASSWD"]:
         g.actor = user()
-    elif not trusted():
+    elif address is None or not any(address in network for network in current_app.config["TRUSTED_NETWORKS"]):
         raise refusal()
 
 
 def refusal() -> Unauthorized | Forbidden:
-    """The same for all who may not, whatever the reason is."""
+    """The same answer for everyone who may not ask, so that it does not tell why."""
     if not current_app.config["HTPASSWD"]:
-        return Forbidden("only a trusted host may ask")
+        return Forbidden("a trusted host is required")
     return Unauthorized(
-        "only a trusted host, or who gives valid credentials, may ask",
-        # RFC 9110, 11.5: a realm must be in quotes, which werkzeug leaves away when it has the parameters apart.
+        "valid credentials or a trusted host are required",
+        # RFC 9110, section 11.5: a realm must be quoted. werkzeug omits the quotes if the parameters are passed
+        # separately.
         www_authenticate=WWWAuthenticate("basic", None, 'realm="rebind", charset="UTF-8"'),
     )
 
 
-def peer() -> IPv4Address | IPv6Address | None:
-    """The peer's address, as the proxies name it where some are configured; None if it is none."""
-    if not request.remote_addr and "X-Forwarded-For" not in request.headers:
-        return LOOPBACK  # of a unix socket, by which nobody comes who is not on this host
+def peer() -> tuple[str, Address | None]:
+    """The peer's name for the log, and its address, which is None if it is not known for sure."""
+    forwarded = request.headers.get("X-Forwarded-For")
+    if forwarded is None and not request.remote_addr:
+        return "unix", LOOPBACK  # Only processes on this host can connect to a unix socket.
+    address = parse_address(request.remote_addr if forwarded is None else client(forwarded))
+    # Never the text of a header: a client could write anything there.
+    return str(address or "unknown"), address
+
+
+def client(forwarded: str) -> str | None:
+    """The client that the outermost proxy names in X-Forwarded-For; None if there are fewer entries than proxies.
+
+    Every proxy appends the address that connected to it. So the outermost of N proxies wrote the Nth entry from the
+    end, and the client may have written everything before it.
+    """
+    entries = forwarded.split(",")
+    proxies: int = current_app.config["PROXIES"]
+    return entries[-proxies].strip() if 0 < proxies <= len(entries) else None
+
+
+def parse_address(text: str | None) -> Address | None:
+    """The IP address in `text`, with an IPv4 address in IPv6 (::ffff:192.0.2.1) as IPv4. None if it is not one."""
     try:
-        address = ip_address(request.remote_addr or "")
+        address = ip_address(text or "")
     except ValueError:
         return None
     return address.ipv4_mapped or address if isinstance(address, IPv6Address) else address
 
 
-def peer_name() -> str:
-    """The peer for the log: never the text of a header, where a client could write anything."""
-    return str(peer() or "unknown") if request.remote_addr else "unix"
-
-
-def trusted() -> bool:
-    """Whether the peer may ask without credentials: its address is known for sure, and in a trusted network."""
-    forwarded = request.headers.get("X-Forwarded-For")
-    if forwarded is not None:
-        # The proxy nearest to the client wrote the Nth entry from the end; before that a client may have written
-        # anything. ProxyFix heeds quotes too, with which a client could hide that entry: it would leave the address
-        # of the proxy itself, or take one that the client wrote.
-        named = [entry.strip() for entry in forwarded.split(",")]
-        proxies = current_app.config["PROXIES"]
-        if not 0 < proxies <= len(named) or named[-proxies] != request.remote_addr:
-            return False
-    address = peer()
-    return address is not None and any(address in network for network in current_app.config["TRUSTED_NETWORKS"])
-
-
 def user() -> str:
-    """The user whose credentials the request carries. Raises Unauthorized and ServiceUnavailable."""
+    """The name of the user whose credentials the request carries. Raises Unauthorized and ServiceUnavailable."""
     given = request.authorization
     if given is None or given.type != "basic" or given.username is None or given.password is None:
         raise refusal()
@@ -124,55 +123,55 @@ def user() -> str:
 def matches(hashes: dict[str, bytes], name: str, password: str) -> bool:
     """Whether `name` is a user with this password.
 
-    Each failure costs as much as a check of the costliest hash, so that the time does not tell who is a user.
+    For an unknown user a hash of the highest cost in the file is checked, so that the time does not tell who is a user.
+    That needs hashes of one cost, as htpasswd makes them.
     """
-    secret = password.encode()[:BCRYPT_MAX]  # as Apache does; bcrypt itself refuses longer ones
-    costliest = max(map(cost, hashes.values()), default=5)
-    hashed = hashes.get(name, nobodys_hash(costliest))
-    if bcrypt.checkpw(secret, hashed):
-        return name in hashes
-    for missing in range(cost(hashed), costliest):  # each step doubles the work: these add up to the costliest
-        bcrypt.checkpw(secret, nobodys_hash(missing))
-    return False
+    secret = password.encode()[:BCRYPT_MAX]  # Apache ignores the rest too. bcrypt refuses longer passwords.
+    hashed = hashes.get(name) or unmatched_hash(max(map(cost, hashes.values()), default=DEFAULT_COST))
+    return bcrypt.checkpw(secret, hashed) and name in hashes
 
 
 def cost(hashed: bytes) -> int:
-    """The logarithm, to base 2, of the work that it takes to check a password against this hash."""
+    """The cost in a bcrypt hash: checking a password takes 2 ** cost rounds."""
     return int(hashed.split(b"$")[2])
 
 
-def nobodys_hash(cost: int) -> bytes:
-    """A hash of this cost that no known password has."""
+def unmatched_hash(cost: int) -> bytes:
+    """A bcrypt hash of this cost that no known password has."""
     return b"$2y$%02d$" % cost + b"." * 53
 
 
 def read_hashes(path: str) -> dict[str, bytes]:
-    """The bcrypt hash of each user in the htpasswd file.
+    """The bcrypt hash of each user in an htpasswd file. As in Apache, a user's first line counts.
 
-    It is read for every check, which takes less time than the check: so a change counts at once, in every worker, and
-    threads share nothing. Raises AccessError, with the reason, and no hash in it.
+    The file is read for every check, which takes longer than the reading: so changes take effect immediately, in every
+    worker. Raises AccessError, in one line and without what the bad line says: it may be a password.
     """
     try:
-        file = HtpasswdFile(path)
-        hashes: dict[str, Any] = {name: file.get_hash(name) for name in file.users()}
+        lines = Path(path).read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise AccessError(f"the htpasswd file {path} cannot be read: {error}") from error
-    for name, hashed in hashes.items():
-        if not BCRYPT_HASH.fullmatch(hashed):
-            raise AccessError(f"the htpasswd file {path} has no bcrypt hash (htpasswd -B) for the user {name!r}")
+    hashes: dict[str, bytes] = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        entry = USER.fullmatch(line)
+        if not entry:
+            raise AccessError(f"the htpasswd file {path}, line {number}: expected NAME:HASH, as htpasswd -B writes it")
+        hashes.setdefault(entry[1], entry[2].encode())
     return hashes
 
 
 def read_networks(setting: Any) -> list[Network]:
-    """The networks that TRUSTED_HOSTS names. Raises AccessError."""
+    """The networks in TRUSTED_HOSTS. Raises AccessError."""
     try:
         return [ip_network(each.strip()) for each in str(setting).split(",") if each.strip()]
     except ValueError as error:
-        raise AccessError(f"REBIND_TRUSTED_HOSTS is no list of networks: {error}") from error
+        raise AccessError(f"REBIND_TRUSTED_HOSTS is not a list of networks: {error}") from error
 
 
 def read_proxies(setting: Any) -> int:
-    """The number that PROXIES gives. Raises AccessError."""
+    """The number of proxies in PROXIES. Raises AccessError."""
     if not re.fullmatch(r"[0-9]+", str(setting)):
-        raise AccessError(f"REBIND_PROXIES is not how many proxies there are: {setting!r}")
+        raise AccessError(f"REBIND_PROXIES must be a whole number: {setting!r}")
     return int(setting)
