@@ -70,11 +70,13 @@ def settle(claim: Claim, outcomes: Sequence[Outcome], due: float | None = None) 
 
     The message stays for those of its recipients whom no Delivery and no Bounce names, with one attempt more. It is due
     again at `due`, in seconds since 1970; None is at the end of the lease. If nobody is left the message is removed.
+    `domain` follows the first of those who are left; the queue keeps its name until the next rebind.
 
     If a rebind made the message due in the meantime it stays due: a failure by the old route says nothing of the new
     one. Recipients that a handler of the rebind added stay too.
 
-    If the answer to a call was lost, call it again with the same `due`: nothing is written twice.
+    If the answer to a call was lost, call it again with the same `due`: unless a rebind made the message due
+    in the meantime, nothing is written twice.
     Returns False, and writes nothing, if the message is gone. Raises StoreUnavailable.
     """
     this = messages.c.key == claim.key
