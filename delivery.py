@@ -6,16 +6,18 @@ lease by `due`: the message is not due again before the lease ends, so that a cr
 
 import random
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
-from sqlalchemy import Connection, Select, case, delete, insert, literal, select, update
+from sqlalchemy import Connection, Select, delete, insert, select, update
 
 from history import NODEID
-from message import Message
+from message import Message, domain_of
 from names import DISCARDED, QueueName
 from queues import registry
-from store import Recipient, contents, log, messages
+from store import contents, log, messages
 
 DISCARD = 1000  # messages that one claim discards
 
@@ -72,45 +74,88 @@ def _due(found: Select[Any], name: str, now: float) -> Select[Any]:
     return found.where(messages.c.queue == name, messages.c.due <= now)
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The same answer to one attempt, for one or more recipients of a message."""
+
+    type: Literal["Delivery", "Bounce", "TransientFailure"]
+    recipients: list[str]
+    details: dict[str, Any]
+    """The fields that its record has besides those of every record, such as `response`."""
+
+
+def settle(claim: Claim, outcomes: Sequence[Outcome], due: float | None = None) -> bool:
+    """Write what one attempt came to: a record for each outcome, all in one transaction.
+
+    The message stays for those of its recipients whom no Delivery and no Bounce names, with one attempt more. It is due
+    again at `due`, in seconds since 1970; None is at the end of the lease. If nobody is left the message is removed.
+    `domain` follows the first of those who are left; the queue keeps its name until the next rebind.
+
+    If a rebind made the message due in the meantime it stays due: a failure by the old route says nothing of the new
+    one. Recipients that a handler of the rebind added stay too.
+
+    If the answer to a call was lost, call it again with the same `due`: unless a rebind made the message due
+    in the meantime, nothing is written twice.
+    Returns False, and writes nothing, if the message is gone. Raises StoreUnavailable.
+    """
+    this = messages.c.id == claim.id
+    found = select(messages.c.recipient, messages.c.domain, messages.c.due, messages.c.num_attempts).where(this)
+    with registry.database.begin_write() as db:
+        row = db.execute(found.with_for_update()).one_or_none()
+        if row is None:
+            return False
+        if (row.due, row.num_attempts) == (due, claim.num_attempts + 1):
+            return True  # this very call was committed before, and its answer was lost
+        done = {each for outcome in outcomes if outcome.type != "TransientFailure" for each in outcome.recipients}
+        left = [each for each in recipient_list(row) if each not in done]
+        if left:
+            changes = {
+                "recipient": left,
+                "domain": row.domain if left == recipient_list(row) else _domain(left, row.domain),
+                "due": due if due is not None and row.due == claim.due else row.due,
+                "num_attempts": row.num_attempts + 1,
+            }
+            db.execute(update(messages).where(this).values(changes))
+        else:
+            db.execute(delete(messages).where(this))
+        db.execute(insert(log), [_record(claim, outcome) for outcome in outcomes])
+    return True
+
+
 def delivered(claim: Claim, details: dict[str, Any]) -> bool:
-    """Take the message away and log its Delivery. False, and no record, where another took it away before."""
-    return _end(claim, "Delivery", details)
+    """`settle` a Delivery to all recipients."""
+    return settle(claim, [Outcome("Delivery", recipient_list(claim), details)])
 
 
 def bounced(claim: Claim, details: dict[str, Any]) -> bool:
-    """Take the message away and log its Bounce. False, and no record, where another took it away before."""
-    return _end(claim, "Bounce", details)
+    """`settle` a Bounce for all recipients."""
+    return settle(claim, [Outcome("Bounce", recipient_list(claim), details)])
 
 
-def postponed(claim: Claim, due: float, details: dict[str, Any], recipient: str | list[str] | None = None) -> None:
-    """Make the message due again at `due`, in seconds since 1970, with one attempt more, and log its TransientFailure.
-
-    recipient: who of several recipients has not got it yet; None is all of them.
-    Where a rebind made the message due in the meantime it stays due: a failure by the old route says nothing of the new
-    one. So do recipients that a handler of the rebind changed.
-    """
-    with registry.database.begin_write() as db:
-        still_ours = messages.c.due == claim.due
-        left = recipient or claim.recipient
-        unchanged = messages.c.recipient == literal(claim.recipient, Recipient)
-        values = {
-            "due": case((still_ours, due), else_=messages.c.due),
-            "recipient": case((unchanged, literal(left, Recipient)), else_=messages.c.recipient),
-            "num_attempts": messages.c.num_attempts + 1,
-        }
-        if db.execute(update(messages).where(messages.c.id == claim.id).values(values)).rowcount:
-            _log(db, claim, "TransientFailure", claim.num_attempts + 1, details)
+def postponed(claim: Claim, due: float, details: dict[str, Any]) -> bool:
+    """`settle` a TransientFailure for all recipients."""
+    return settle(claim, [Outcome("TransientFailure", recipient_list(claim), details)], due)
 
 
-def _end(claim: Claim, kind: str, details: dict[str, Any]) -> bool:
-    with registry.database.begin_write() as db:
-        if not db.execute(delete(messages).where(messages.c.id == claim.id)).rowcount:
-            return False
-        _log(db, claim, kind, claim.num_attempts, details)
-        return True
+def recipient_list(message: Any) -> list[str]:
+    """The recipients of a message, or of a row of `messages`, each once."""
+    several = message.recipient if isinstance(message.recipient, list) else [message.recipient]
+    return list(dict.fromkeys(several))
 
 
-def _log(db: Connection, claim: Claim, kind: str, num_attempts: int, details: dict[str, Any]) -> None:
-    row = {name: getattr(claim, name) for name in ("id", "sender", "recipient", "queue", "meta", "size", "created")}
-    of_event = {"type": kind, "num_attempts": num_attempts, "event_time": time.time(), "nodeid": NODEID}
-    db.execute(insert(log).values(row | of_event | {"details": details}))
+def _domain(recipients: list[str], before: str) -> str:
+    # A recipient that a sender wrote without a domain must not keep the outcomes from being written.
+    with suppress(ValueError):
+        return domain_of(recipients)
+    return before
+
+
+def _record(claim: Claim, outcome: Outcome) -> dict[str, Any]:
+    names = ("id", "sender", "queue", "meta", "size", "created", "num_attempts")
+    return {name: getattr(claim, name) for name in names} | {
+        "type": outcome.type,
+        "recipient": outcome.recipients,
+        "details": outcome.details,
+        "event_time": time.time(),
+        "nodeid": NODEID,
+    }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mail import Message
+from message import Message
 
 from queues import rebind
 

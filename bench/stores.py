@@ -28,7 +28,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mail import NewMessage  # noqa: E402
+from message import NewMessage  # noqa: E402
 
 import store as tables  # noqa: E402
 from queues import registry  # noqa: E402

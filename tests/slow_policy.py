@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from mail import Message
+from message import Message
 
 from queues import rebind
 

@@ -12,7 +12,7 @@ from typing import Any
 import bulk
 import pytest
 from conftest import logged, look, message, stored
-from mail import Message
+from message import Message
 from sqlalchemy import event, text
 from sqlalchemy.engine import Engine
 

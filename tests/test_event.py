@@ -12,7 +12,7 @@ import policy
 import pytest
 from bulk import BATCH
 from conftest import logged, look, message, stored
-from mail import Message
+from message import Message
 from sqlalchemy import text
 
 from queues import HandlerFailed, NoHandler, QueueRegistry, RebindRequest, RebindResult, rebind

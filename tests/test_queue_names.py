@@ -7,7 +7,7 @@ import pytest
 from conftest import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mail import domain_of
+from message import domain_of
 from sqlalchemy import text
 
 from delivery import claim

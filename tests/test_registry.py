@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from bulk import BATCH
 from conftest import in_order, logged, message, stored
-from mail import Message
+from message import Message
 from sqlalchemy import create_engine, select
 from sqlalchemy.exc import DBAPIError
 

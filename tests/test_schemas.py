@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from mail import NewMessage
+from message import NewMessage
 from marshmallow import Schema, ValidationError
 
 from queues import RebindRequest

@@ -13,8 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deliverylog import response
-from mail import NewMessage
+from history import response
+from message import NewMessage
 from sqlalchemy import delete
 
 from delivery import claim, postponed
