@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import logged, look, message, stored
+from conftest import logged, engine_for, message, stored
 from sqlalchemy import event, text
 from sqlalchemy.engine import Engine
 
@@ -43,7 +43,7 @@ def older_postgresql(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def indexes(url: str) -> list[Any]:
     """Those of the database, and in SQLite its triggers."""
-    with look(url).connect() as db:
+    with engine_for(url).connect() as db:
         return list(db.execute(text(INDEXES[db.dialect.name])).all())
 
 
@@ -123,7 +123,7 @@ def test_a_message_in_a_queue_that_is_not_its_own_moves_when_other_metadata_is_s
     queues: QueueRegistry, url: str
 ) -> None:
     queues.load([message("ada@a.example") for _ in range(3)])
-    with look(url).begin() as db:
+    with engine_for(url).begin() as db:
         db.execute(text("UPDATE messages SET queue = 'wrong@a.example' WHERE key = (SELECT max(key) FROM messages)"))
     assert ask(queues, {"note": "x"}, dry_run=True).moved == 1
     assert ask(queues, {"note": "x"}).moved == 1
@@ -143,7 +143,7 @@ def test_the_indexes_are_the_same_after_most_messages_moved_and_after_that_faile
         assert ask(queues, {"queue": "b"}, trigger_rebind_event=event).moved == 20
     assert indexes(url) == before
     if url.startswith("sqlite"):
-        with look(url).connect() as db:
+        with engine_for(url).connect() as db:
             assert db.scalar(text("PRAGMA integrity_check")) == "ok"
 
 
@@ -168,7 +168,7 @@ def test_an_index_is_built_anew_where_most_messages_move_and_kept_where_few_do_o
 def test_most_messages_are_most_of_those_that_are_left(queues: QueueRegistry, url: str) -> None:
     """As in a store that has been in use, where old keys are gone but for a few."""
     queues.load([message("ada@a.example") for _ in range(9)] + [message("ada@other.example") for _ in range(2)])
-    with look(url).begin() as db:
+    with engine_for(url).begin() as db:
         db.execute(text("UPDATE messages SET key = key - 1000000 WHERE key = (SELECT min(key) FROM messages)"))
     for domain in ("a.example", None):
         with statements() as seen:
@@ -183,7 +183,7 @@ def test_what_matches_nothing_and_a_dry_run_wait_for_no_other_rebind(
     queues.load([message("ada@a.example")])
     queues.bind(url, busy_timeout=0)
     lock = "BEGIN IMMEDIATE" if url.startswith("sqlite") else "SELECT pg_advisory_xact_lock(hashtext('rebind'))"
-    with look(url).connect() as holder, rebind.connected_to(pin):
+    with engine_for(url).connect() as holder, rebind.connected_to(pin):
         holder.exec_driver_sql(lock)
         nothing = RebindRequest("a test", {"queue": "b"}, domain="no.example", trigger_rebind_event=event)
         assert queues.rebind(nothing, actor="me").matched == 0
@@ -212,7 +212,7 @@ def test_a_store_whose_index_somebody_dropped_gets_it_back(queues: QueueRegistry
         pytest.skip("of SQLite alone")
     queues.load([message("ada@a.example") for _ in range(3)])
     before = indexes(url)
-    with look(url).begin() as db:
+    with engine_for(url).begin() as db:
         db.execute(text("DROP INDEX messages_queue_due"))
     assert ask(queues, {"queue": "b"}).moved == 3
     assert indexes(url) == before
@@ -223,7 +223,7 @@ def test_a_sites_own_trigger_on_messages_causes_no_record(queues: QueueRegistry,
     url = f"sqlite:///{tmp_path / 'queues.db'}"
     queues.bind(url, busy_timeout=30)
     queues.load([message("ada@a.example") for _ in range(3)])
-    with look(url).begin() as db:
+    with engine_for(url).begin() as db:
         db.execute(
             text(
                 "CREATE TRIGGER tried AFTER UPDATE OF queue ON messages BEGIN "
