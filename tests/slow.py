@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from bulk import BATCH
+from moving import BATCH
 from conftest import ROOT, message, until
 
 from queues import QueueRegistry

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import policy
 import pytest
-from bulk import BATCH
-from conftest import logged, look, message, stored
-from message import Message
+from conftest import logged, engine_for, message, stored
 from sqlalchemy import text
 
+import policy
+from moving import BATCH
+from message import Message
 from queues import HandlerFailed, NoHandler, QueueRegistry, RebindRequest, RebindResult, rebind
 
 Handler = Callable[..., object]
@@ -389,7 +389,7 @@ def test_a_message_whose_metadata_a_sender_wrote_as_bytes_is_rebound(queues: Que
     """SQLite keeps them as a blob."""
     queues.load([message(meta={"tenant": "t"})])
     if url.startswith("sqlite"):
-        with look(url).begin() as db:
+        with engine_for(url).begin() as db:
             db.execute(text("UPDATE messages SET meta = CAST(meta AS BLOB)"))
     with rebind.connected_to(do("message.meta['queue'] = message.meta['tenant']")):
         assert ask(queues).moved == 1
@@ -401,7 +401,7 @@ def test_a_message_that_is_due_never_or_always_is_rebound_and_stays_so(
     queues: QueueRegistry, url: str, due: str
 ) -> None:
     queues.load([message()])
-    with look(url).begin() as db:
+    with engine_for(url).begin() as db:
         infinite = due if url.startswith("sqlite") else f"'{due.replace('1e999', 'Infinity')}'"
         db.execute(text(f"UPDATE messages SET due = {infinite}"))
     with rebind.connected_to(do("message.meta['note'] = 'x'")):
@@ -414,7 +414,7 @@ def test_a_message_is_named_by_its_recipient_whatever_handlers_did_to_it_and_its
 ) -> None:
     """The second handler puts back what the first one changed."""
     queues.load([message("ada@a.example")])
-    with look(url).begin() as db:
+    with engine_for(url).begin() as db:
         db.execute(text("UPDATE messages SET domain = 'stale.example'"))
     handlers = [rebind.connect(do("message.recipient = message.recipient.replace('a.example', 'sink.example')"))]
     handlers.append(rebind.connect(do("message.recipient = message.recipient.replace('sink.example', 'a.example')")))

@@ -28,14 +28,26 @@ from typing import Any, Literal
 
 import pytest
 import requests
-from bulk import BATCH
-from conftest import PATH, ROOT, Service, launch, logged, look, message, start_service, stop_service, stored, until
-from message import Message
+from conftest import (
+    PATH,
+    ROOT,
+    Service,
+    launch,
+    logged,
+    engine_for,
+    message,
+    start_service,
+    stop_service,
+    stored,
+    until,
+)
 from slow import POLICY
 from sqlalchemy import Engine, event, make_url, select, text
 from sqlalchemy.exc import OperationalError
 
 import store
+from moving import BATCH
+from message import Message
 from queues import QueueRegistry, RebindRequest, RebindResult, rebind
 from store import StoreUnavailable, StoreUnusable
 
@@ -59,7 +71,7 @@ def books(url: str) -> Books:
     """What is there when no transaction of anybody's is running, and sound as the database itself judges it."""
     if url.startswith("postgresql"):
         until(lambda: transactions(url) == 0)
-    with look(url).connect() as db:
+    with engine_for(url).connect() as db:
         if url.startswith("sqlite"):
             assert db.execute(text("PRAGMA integrity_check")).all() == [("ok",)]
             assert db.execute(text("PRAGMA foreign_key_check")).all() == []
@@ -70,7 +82,7 @@ def books(url: str) -> Books:
 def transactions(url: str) -> int:
     """How many transactions run in this PostgreSQL database, but for this one."""
     running = "datname = current_database() AND backend_type = 'client backend' AND xact_start IS NOT NULL"
-    with look(url).connect() as db:
+    with engine_for(url).connect() as db:
         others = text(f"SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND {running}")
         return int(db.scalar(others) or 0)
 
@@ -249,7 +261,7 @@ def test_a_process_that_kills_itself_before_any_statement_or_the_commit_leaves_n
 
 def restore(url: str) -> None:
     """Undo a rebind from `a` to `b`, behind the registry's back."""
-    with look(url).begin() as db:
+    with engine_for(url).begin() as db:
         db.execute(text("UPDATE messages SET queue = 'a', due = 1e9, meta = '{\"queue\":\"a\"}' WHERE queue = 'b'"))
         db.execute(text("DELETE FROM log"))
 
@@ -330,7 +342,7 @@ def test_a_database_with_no_page_to_spare_changes_nothing_until_it_has(
         with listening("connect", lambda connection, _: connection.execute(f"PRAGMA max_page_count = {pages}")):
             return attempted(queues, request(way))
 
-    with look(url).connect() as db:
+    with engine_for(url).connect() as db:
         used = int(db.scalar(text("PRAGMA page_count")) or 0)
     fulls = 0
     for pages in count(used):
@@ -389,7 +401,7 @@ def small_disk(url: str) -> Iterator[tuple[str, Path]]:
             if url.startswith("sqlite"):
                 new = f"sqlite:///{disk / 'queues.db'}"
                 yield new, disk
-                look(new).dispose()
+                engine_for(new).dispose()
             else:
                 with tablespace(url, disk) as new:
                     yield new, disk
@@ -402,7 +414,7 @@ def tablespace(url: str, disk: Path) -> Iterator[str]:
     """The URL of a PostgreSQL database whose tables are on the disk."""
     folder = disk / "tables"
     folder.mkdir()
-    admin = look(url).execution_options(isolation_level="AUTOCOMMIT")
+    admin = engine_for(url).execution_options(isolation_level="AUTOCOMMIT")
     with admin.connect() as db:
         data = Path(str(db.scalar(text("SHOW data_directory")))).stat()
         os.chown(folder, data.st_uid, data.st_gid)
@@ -516,7 +528,7 @@ def test_a_database_that_cannot_keep_any_text_is_refused(queues: QueueRegistry, 
             db.executescript("PRAGMA encoding = 'UTF-16le'; CREATE TABLE mine (a)")
     else:
         other = make_url(url).set(database="latin").render_as_string(hide_password=False)
-        with look(url).connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        with engine_for(url).connect().execution_options(isolation_level="AUTOCOMMIT") as db:
             db.execute(text("CREATE DATABASE latin TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'"))
     queues.bind(other, busy_timeout=30)
     with pytest.raises(StoreUnusable, match="must be UTF-8"):
@@ -608,7 +620,7 @@ def test_two_rebinds_at_once_come_to_the_same_as_one_after_the_other(
     seen = set()
     with ThreadPoolExecutor(2) as pool:
         for _ in range(8):
-            with look(url).begin() as db:
+            with engine_for(url).begin() as db:
                 for table in ("messages", "log"):
                     db.execute(text(f"DELETE FROM {table}"))
             queues.load(message(meta={"queue": queue}) for queue in "ab" * 300)

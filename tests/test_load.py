@@ -11,7 +11,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from conftest import PATH, Service, logged, look, message, start_service, stop_service, stored, until
+from conftest import PATH, Service, logged, engine_for, message, start_service, stop_service, stored, until
 
 from queues import registry
 
@@ -120,7 +120,7 @@ def connections(url: str) -> int:
     """How many connections PostgreSQL has; an SQLite database's are files of the workers, and counted there."""
     if url.startswith("sqlite"):
         return 0
-    with look(url).connect() as db:
+    with engine_for(url).connect() as db:
         count = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
         return int(db.exec_driver_sql(count).scalar_one())
 

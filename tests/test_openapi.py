@@ -11,7 +11,7 @@ import pytest
 import requests
 import schemathesis
 import yaml
-from conftest import PATH, ROOT, Service, look, message, start_service, stop_service, stored
+from conftest import PATH, ROOT, Service, engine_for, message, start_service, stop_service, stored
 from hypothesis import settings
 from marshmallow import RAISE, Schema, ValidationError, fields, missing
 from werkzeug.exceptions import HTTPException
@@ -195,7 +195,7 @@ def test_schemathesis_broke_nothing(open_service: Service, url: str) -> None:
         f"m-{c}-{d}" for c in ("spring-sale", "summer-sale", "") for d in "ab"
     }
     assert "Traceback" not in open_service.output.read_text()
-    with look(url).connect() as db:
+    with engine_for(url).connect() as db:
         assert db.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
 
 
@@ -219,7 +219,7 @@ def test_every_example_of_an_answer_is_as_its_schema_says() -> None:
 
 def locked(url: str, ask: Callable[[], requests.Response]) -> requests.Response:
     """Ask while another has the database's write lock."""
-    with look(url).connect() as db:
+    with engine_for(url).connect() as db:
         db.rollback()
         db.exec_driver_sql("BEGIN IMMEDIATE")
         answer = ask()

@@ -212,15 +212,13 @@ def test_a_request_matches_no_name_of_which_one_part_differs(criteria: dict[str,
     assert not RebindRequest("r", {}, **criteria).matches(QueueName.parse(name))  # type: ignore[arg-type]
 
 
-def test_each_queue_that_matches_is_found_whichever_names_are_passed_over_on_the_way(
-    queues: QueueRegistry, url: str
-) -> None:
+def test_each_queue_that_matches_is_found_and_no_other(queues: QueueRegistry, url: str) -> None:
     """All names of up to four of the characters that count, A being what follows the @ in the order of bytes."""
     names = ["".join(letters) for length in range(5) for letters in product("a:@A!", repeat=length)]
     queues.load(message(meta={"queue": name}) for name in names)
     if url.startswith("sqlite"):
         names += nul_in_names(queues)
-    parts = [None, "", "a", "A", "a:", ":a", "a@", "@", ":", "aa", "!", "%", "x" * 100_000]
+    parts = [None, "", "a", "A", "a:", "a@", "@", "!", "x" * 100_000]
     with queues.database.look() as db:
         for campaign, tenant, domain in product(parts, parts, [None, "a"]):
             request = RebindRequest("r", {}, campaign=campaign, tenant=tenant, domain=domain)
@@ -239,33 +237,9 @@ def nul_in_names(queues: QueueRegistry) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize(
-    ("criteria", "read"),
-    [
-        ({}, 12 * 10),
-        ({"domain": "d1"}, 12 * 10),
-        ({"tenant": "nobody"}, 12),
-        ({"tenant": "t0"}, 4 * 10 + 8),
-        ({"campaign": "c1"}, 3 * 10 + 9),
-        ({"campaign": "c1", "tenant": "t1"}, 10 + 11),
-    ],
-    ids=str,
-)
-def test_names_that_cannot_match_are_not_read(queues: QueueRegistry, criteria: dict[str, str], read: int) -> None:
-    """Of 12 groups of 10 queues with the same before their @, in each one at least."""
-    before = [f"{campaign}t{tenant}@" for campaign in ("", "c0:", "c1:", "c2:") for tenant in range(3)]
-    queues.load(message(meta={"queue": f"{each}d{domain}"}) for each in before for domain in range(10))
-    QueueName.parse.cache_clear()
-    with queues.database.look() as db:
-        matching_queues(db, RebindRequest("r", {}, **criteria))  # type: ignore[arg-type]
-    assert QueueName.parse.cache_info().misses == read
-
-
-def test_a_name_that_a_sender_wrote_as_a_blob_does_not_keep_workers_from_the_others(
-    queues: QueueRegistry, url: str
-) -> None:
-    if not url.startswith("sqlite"):
-        pytest.skip("of SQLite alone, where a column takes any type")
+@pytest.mark.sqlite
+def test_a_name_that_a_sender_wrote_as_a_blob_does_not_keep_workers_from_the_others(queues: QueueRegistry) -> None:
+    """SQLite's columns take any type."""
     queues.load([message("ada@a.example"), message("ada@b.example", id="blob", due=9e9), message("ada@c.example")])
     with queues.database.write() as db:
         db.execute(text("UPDATE messages SET queue = :name WHERE id = 'blob'"), {"name": b"b.example"})

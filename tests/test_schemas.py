@@ -1,6 +1,7 @@
 """Tests of what is read from outside, without HTTP or a database: JSON itself, the body and the query of a request."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,6 +71,53 @@ def test_what_is_not_json_is_refused_with_the_reason(text: bytes, reason: str) -
     assert str(refused.value) == reason
 
 
+BODY = b'{"reason": "a test", "data": {"queue": "elsewhere"}, "always_flush": true}'
+LOOKS_LIKE_JSON: dict[str, bytes] = {
+    "a pickle": pickle.dumps(json.loads(BODY)),
+    "MessagePack": b"\x82\xa6reason\xa1a\xa4data\x80",
+    "CBOR": b"\xa2freasonaadddata\xa0",
+    "BSON": b"\x1b\x00\x00\x00\x02reason\x00\x02\x00\x00\x00a\x00\x03data\x00\x05\x00\x00\x00\x00\x00",
+    "XML": b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><reason>&b;</reason>',
+    "YAML": b"reason: a\ndata: {}\n",
+    "a YAML tag": b"!!python/object/apply:os.system [reboot]",
+    "multipart": b'--x\r\nContent-Disposition: form-data; name="reason"\r\n\r\na\r\n--x--\r\n',
+    "JSONP": b"f(" + BODY + b")",
+    "a prefix against JSON hijacking": b")]}',\n" + BODY,
+    "a JSON text sequence": b"\x1e" + BODY + b"\n",
+    "UTF-7": BODY.replace(b'"a test"', b"+ACI-a test+ACI-"),
+    "a request": b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "every byte": bytes(range(256)),
+    "1 MiB of NUL": bytes(1024 * 1024),
+    "a quote without end": b'"' + b"a" * 1_000_000,
+    "a backslash without end": b'{"reason": "' + b"\\" * 999_999,
+    "half a \\u": BODY.replace(b"a test", b"\\u00"),
+    "a tab in a string": BODY.replace(b"a test", b"a\ttest"),
+    "spaces of Unicode": BODY.replace(b" ", "\u00a0".encode()),
+    "a form feed": BODY + b"\f",
+    "quotes of typography": BODY.replace(b'"', "”".encode()),
+    "a word of Python's": BODY.replace(b"true", b"True"),
+    "a word of JavaScript's": BODY.replace(b"true", b"undefined"),
+    "a key without quotes": BODY.replace(b'"reason"', b"reason"),
+    "a plus sign": BODY.replace(b"true", b"+1"),
+    "a leading zero": BODY.replace(b"true", b"01"),
+    "no digit after the point": BODY.replace(b"true", b"1."),
+    "hexadecimal": BODY.replace(b"true", b"0x1"),
+    "a million digits": BODY.replace(b"true", b"1" * 1_000_000),
+    "a million digits and a point": BODY.replace(b"true", b"1" * 1_000_000 + b".0"),
+    "a key twice, deep in a wrong value": BODY.replace(b"true", b'[[{"a": {"b": 1, "b": 2}}]]'),
+    "a key twice, one of them a surrogate pair": BODY[:-1] + '"😀": 1, "\\ud83d\\ude00": 2}'.encode(),
+    "braces and brackets crossed": b"{[}]" * 1000,
+    "a million commas": b"[" + b"," * 1_000_000 + b"]",
+}
+
+
+@pytest.mark.parametrize("text", LOOKS_LIKE_JSON.values(), ids=LOOKS_LIKE_JSON)
+def test_what_only_looks_like_json_is_refused_with_a_short_reason(text: bytes) -> None:
+    with pytest.raises(NotJSON) as refused:
+        parse_json(text)
+    assert len(str(refused.value)) < 300
+
+
 def test_a_number_with_too_many_digits_is_refused() -> None:
     with pytest.raises(NotJSON, match="4300 digits"):
         parse_json(b"9" * 5000)
@@ -119,7 +167,7 @@ def wrong_fields() -> Iterator[tuple[str, Any, Any]]:
     """Each field, with each value that it must not have, and the errors that it gives."""
     value: Any
     for field in ("reason", "campaign", "tenant", "domain", "routing_domain"):
-        for value in (0, 5, 1.5, True, False, [], ["a"], {}, {"a": "b"}):
+        for value in (0, 5, 1.5, 2**64, 10**4299, True, False, [], ["a"], {}, {"a": "b"}, {"$ne": None}):
             yield field, value, NO_STRING
         yield field, "a\0b", NUL
         yield field, "a\ud800", SURROGATE
@@ -127,10 +175,10 @@ def wrong_fields() -> Iterator[tuple[str, Any, Any]]:
     yield "reason", None, NULL
     for field in ("trigger_rebind_event", "always_flush", "suppress_logging"):
         yield field, None, NULL
-        for value in (0, 1, 0.0, 1.0, "true", "false", "yes", "no", "on", "1", "", [], [True], {}):
+        for value in (0, 1, 0.0, -0.0, 1.0, "true", "false", "yes", "no", "on", "1", "", [], [True], {}):
             yield field, value, NO_BOOLEAN
     yield "data", None, NULL
-    for value in (0, 5, True, False, "", "a", "queue", [], [["queue", "b"]]):
+    for value in (0, 5, True, False, "", "a", "queue", [], [["queue", "b"]], '{"queue": "b"}'):
         yield "data", value, NO_MAPPING
     for value in (0, 5, 1.5, True, False, [], {}):
         yield "data", {"queue": value}, {"queue": {"value": NO_STRING}}
@@ -141,12 +189,13 @@ def wrong_fields() -> Iterator[tuple[str, Any, Any]]:
     yield "data", {"a\0": "b"}, {"a\0": {"key": NUL}}
     yield "data", {"\ud800": "b"}, {"\ud800": {"key": SURROGATE}}
     yield "data", {"\ud800": "\0"}, {"\ud800": {"key": SURROGATE, "value": NUL}}
-    for field in ("campaing", "Domain", "domain ", "dry_run", "limit", "_schema", "", "\0", "\ud800"):
+    misspelt = ("campaing", "Domain", "domain ", "domain\u200b", "dom\u0430in")  # the last with a Cyrillic letter
+    for field in (*misspelt, "$where", "__class__", "_schema", "dry_run", "limit", "", "\0", "\ud800", "a" * 100_000):
         yield field, "example.com", UNKNOWN
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "wrong"), [pytest.param(*case, id=ascii(case[:2])) for case in wrong_fields()]
+    ("field", "value", "wrong"), [pytest.param(*case, id=ascii(case[:2])[:60]) for case in wrong_fields()]
 )
 def test_a_wrong_value_is_an_error_and_never_coerced(field: str, value: Any, wrong: Any) -> None:
     assert errors(RebindRequestSchema(), DATA | {field: value}) == {field: wrong}
