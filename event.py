@@ -48,13 +48,18 @@ class RebindEvent(Signal):
     set_class = _Ordered  # type: ignore[assignment]
 
     def handlers(self) -> list[Handler]:
-        """The connected handlers, in that order. Raises NoHandler."""
-        if connected := list(self.receivers_for(ANY)):
-            return connected
-        raise NoHandler("no handler is connected to the rebind event")
+        """The connected handlers, in that order."""
+        return list(self.receivers_for(ANY))
 
 
 rebind = RebindEvent()
+
+
+def connected() -> list[Handler]:
+    """The handlers of the `rebind` event, which stay as long as the list does. Raises NoHandler."""
+    if handlers := rebind.handlers():
+        return handlers
+    raise NoHandler("no handler is connected to the rebind event")
 
 
 def load_policy(path: str) -> None:

@@ -87,7 +87,7 @@ class QueueRegistry:
         Raises StoreUnavailable: nothing was done unless the answer to the commit was lost, as its message says.
         """
         if request.trigger_rebind_event:
-            event.rebind.handlers()
+            event.connected()
         if request.dry_run:
             with self.database.begin_read() as db:
                 return self._rehearse(db, request)
@@ -225,7 +225,7 @@ def _work(
         stream = _Stream(request, now, partial(_restored, undo.shared))
     elif request.trigger_rebind_event:
         found = Selection(matching, request.limit)
-        stream = _Stream(request, now, partial(_handled, event.rebind.handlers(), request.data))
+        stream = _Stream(request, now, partial(_handled, event.connected(), request.data))
     else:
         new = _new_state(engine, request, now)
         if request.limit is not None and new.renames:

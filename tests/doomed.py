@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import slow_policy  # noqa: F401
 from sqlalchemy import Engine, event
 
-from queues import RebindRequest, registry
+from history import RebindRequest
+from names import Criteria
+from queues import registry
 
 
 def die(*_: Any) -> None:
@@ -34,7 +36,7 @@ def rebind_and_die(url: str, way: str, point: str) -> None:
     elif point != "after":
         event.listen(Engine, "before_cursor_execute", lambda *_: die() if next(statements) == int(point) else None)
     data, by_event = ({"wait_at": ""}, True) if way == "event" else ({"queue": "b"}, False)
-    registry.rebind(RebindRequest("doomed", data, domain="a", trigger_rebind_event=by_event), actor="doomed")
+    registry.rebind(RebindRequest("doomed", data, Criteria(domain="a"), trigger_rebind_event=by_event))
     if point == "after":
         die()
 

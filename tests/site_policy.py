@@ -1,8 +1,7 @@
 """The policy of the gunicorn in the tests: what its handler does is told by `data`."""
 
+from event import rebind
 from message import Message
-
-from queues import rebind
 
 
 @rebind.connect

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from moving import BATCH
 from conftest import ROOT, message, until
 
+from moving import BATCH
 from queues import QueueRegistry
 
 POLICY = str(ROOT / "tests" / "slow_policy.py")

@@ -4,9 +4,8 @@ import os
 import time
 from pathlib import Path
 
+from event import rebind
 from message import Message
-
-from queues import rebind
 
 
 @rebind.connect

@@ -29,7 +29,7 @@ from conftest import (
 )
 
 from app import create_app
-from policy import PolicyError
+from event import PolicyError
 from queues import QueueRegistry
 from store import MAX_NAME, StoreUnusable
 

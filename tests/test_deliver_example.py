@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
-from conftest import ROOT, Service, free_port, look, message, stored, until
+from conftest import ROOT, Service, engine_for, free_port, message, stored, until
 from sqlalchemy import text
 
 from queues import QueueRegistry
@@ -300,7 +300,7 @@ def test_a_store_out_of_reach_is_waited_for_and_mail_that_was_taken_is_not_sent_
         said_before.append(worker.says())
 
     taking.on_data = lock_again
-    with look(url).execution_options(isolation_level="AUTOCOMMIT").connect() as db:
+    with engine_for(url).execution_options(isolation_level="AUTOCOMMIT").connect() as db:
         db.execute(text(lock))
         worker = start("--once", f"--route=example.com={taking.address}")
         until(lambda: "waiting for the store:" in worker.says())

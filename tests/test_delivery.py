@@ -3,13 +3,14 @@
 from typing import Any
 
 import pytest
-from conftest import look, message, stored
+from conftest import engine_for, message, stored
 from sqlalchemy import update
 
 from delivery import Outcome, bounced, claim, delivered, postponed, settle
-from history import response
+from event import rebind
+from history import RebindRequest, response
 from message import Message
-from queues import QueueRegistry, RebindRequest, rebind
+from queues import QueueRegistry
 from store import messages
 
 CONTENT = b"Subject: hello\r\n\r\nHello Ada\r\n"
@@ -60,7 +61,7 @@ def test_each_outcome_has_its_record_and_the_message_stays_for_those_who_are_tri
         ("Bounce", "bad@example.com", 550),
         ("TransientFailure", left, 451),
     ]
-    queues.rebind(RebindRequest("r", {"tenant": "t"}), actor="me")
+    queues.rebind(RebindRequest("r", {"tenant": "t"}))
     assert [row["queue"] for row in stored(url)] == ["t@two.example"]
 
 
@@ -80,7 +81,7 @@ def test_a_recipient_without_a_domain_does_not_keep_the_outcomes_from_being_writ
     """A sender may write such a row: RFC 5321, section 4.5.1, knows `postmaster` without a domain."""
     queues.load([message(["good@example.com", "ada@example.com"])])
     (claimed,) = claim(1, lease=60)
-    with look(url).begin() as db:
+    with engine_for(url).begin() as db:
         db.execute(update(messages).values(recipient=["good@example.com", "postmaster"]))
     assert settle(claimed, [Outcome("Delivery", ["good@example.com"], OK)], due=4e9)
     assert [(row["recipient"], row["domain"]) for row in stored(url)] == [("postmaster", "example.com")]
@@ -91,7 +92,7 @@ def test_a_failure_by_the_old_route_leaves_a_message_due_that_was_rebound_meanwh
 ) -> None:
     queues.load([message()])
     (claimed,) = claim(1, lease=60)
-    queues.rebind(RebindRequest("r", {"queue": "other"}), actor="me")
+    queues.rebind(RebindRequest("r", {"queue": "other"}))
     (rebound,) = stored(url)
     postponed(claimed, 4e9, LATER)
     assert stored(url) == [rebound | {"num_attempts": 1}]
@@ -115,7 +116,7 @@ def test_who_has_a_message_does_not_get_it_again_after_a_rebind_and_whom_its_han
         message.recipient = [*message.recipient, "new@example.com"]
 
     rebind.connect(add, weak=False)
-    queues.rebind(RebindRequest("r", {}, trigger_rebind_event=True), actor="me")
+    queues.rebind(RebindRequest("r", {}, trigger_rebind_event=True))
     settle(claimed, [Outcome("Delivery", done, OK)], due=4e9)
     assert [(row["queue"], row["recipient"]) for row in stored(url)] == [("other", left)]
     assert [message.due < 4e9 for message in claim(1, lease=60)] == [True], "it is due now"

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import logged, engine_for, message, stored
+from conftest import engine_for, logged, message, stored
 from sqlalchemy import text
 
-import policy
-from moving import BATCH
+import event
+from event import HandlerFailed, NoHandler, rebind
+from history import RebindRequest, RebindResult
 from message import Message
-from queues import HandlerFailed, NoHandler, QueueRegistry, RebindRequest, RebindResult, rebind
+from moving import BATCH
+from queues import QueueRegistry
 
 Handler = Callable[..., object]
 
@@ -30,7 +32,7 @@ def _no_handler_is_left() -> Iterator[None]:
 
 def ask(queues: QueueRegistry, /, **data: str) -> RebindResult:
     """Ask for the event, with `data`."""
-    return queues.rebind(RebindRequest("a test", data, trigger_rebind_event=True), actor="me")
+    return queues.rebind(RebindRequest("a test", data, trigger_rebind_event=True))
 
 
 def do(statement: str) -> Handler:
@@ -55,7 +57,7 @@ def test_without_the_event_no_handler_is_called(queues: QueueRegistry) -> None:
     called: list[str] = []
     handler = rebind.connect(lambda message, data: called.append(message.id), weak=False)
     queues.load([message()])
-    queues.rebind(RebindRequest("a test", {}), actor="me")
+    queues.rebind(RebindRequest("a test", {}))
     assert called == []
     assert rebind.handlers() == [handler]
 
@@ -197,7 +199,7 @@ def test_data_that_a_handler_changes_is_not_seen_by_another_or_with_the_next_mes
         rebind.connect(handler)
     queues.load([message(), message()])
     request = RebindRequest("a test", {"a": "b"}, trigger_rebind_event=True)
-    queues.rebind(request, actor="me")
+    queues.rebind(request)
     assert [row["meta"] for row in stored(url)] == [{"first": {"a": "b"}, "second": {"a": "b"}}] * 2
     assert request.data == {"a": "b"}
 
@@ -335,7 +337,7 @@ def test_a_message_that_cannot_be_kept_is_the_handlers_failure(queues: QueueRegi
 def test_a_policy_and_its_handlers_stay(tmp_path: Path) -> None:
     file = tmp_path / "site.py"
     file.write_text("from queues import rebind\n\n@rebind.connect\ndef handler(message, data):\n    pass\n")
-    policy.load(str(file))
+    event.load_policy(str(file))
     gc.collect()
     assert [(handler.__module__, handler.__qualname__) for handler in rebind.handlers()] == [
         ("rebind_policy", "handler")
@@ -345,12 +347,12 @@ def test_a_policy_and_its_handlers_stay(tmp_path: Path) -> None:
 def test_a_policy_may_be_named_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "site.py").write_text("from queues import rebind\nrebind.connect(print, weak=False)\n")
     monkeypatch.chdir(tmp_path)
-    policy.load("site.py")
+    event.load_policy("site.py")
     assert rebind.handlers() == [print]
 
 
 def test_a_policys_handlers_are_those_that_a_rebind_calls(queues: QueueRegistry, url: str) -> None:
-    policy.load(str(Path(__file__).parent / "site_policy.py"))
+    event.load_policy(str(Path(__file__).parent / "site_policy.py"))
     queues.load([message()])
     ask(queues, queue="vip", sign="me")
     (row,) = stored(url)
@@ -374,15 +376,15 @@ def test_a_policy_that_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path,
     file = tmp_path / "site.py"
     if text is not None:
         file.write_text(text, encoding="latin-1")
-    with pytest.raises(policy.PolicyError, match=rf"the policy {file} cannot be loaded: (?:{reason})"):
-        policy.load(str(file))
+    with pytest.raises(event.PolicyError, match=rf"the policy {file} cannot be loaded: (?:{reason})"):
+        event.load_policy(str(file))
 
 
 @pytest.mark.parametrize("name", ["site.txt", "site", ""])
 def test_a_policy_that_is_no_python_file_is_refused(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
-    with pytest.raises(policy.PolicyError, match=rf"the policy {file} is no Python file"):
-        policy.load(str(file))
+    with pytest.raises(event.PolicyError, match=rf"the policy {file} is no Python file"):
+        event.load_policy(str(file))
 
 
 def test_a_message_whose_metadata_a_sender_wrote_as_bytes_is_rebound(queues: QueueRegistry, url: str) -> None:

@@ -32,9 +32,9 @@ from conftest import (
     PATH,
     ROOT,
     Service,
+    engine_for,
     launch,
     logged,
-    engine_for,
     message,
     start_service,
     stop_service,
@@ -46,9 +46,12 @@ from sqlalchemy import Engine, event, make_url, select, text
 from sqlalchemy.exc import OperationalError
 
 import store
-from moving import BATCH
+from event import rebind
+from history import RebindRequest, RebindResult
 from message import Message
-from queues import QueueRegistry, RebindRequest, RebindResult, rebind
+from moving import BATCH
+from names import Criteria
+from queues import QueueRegistry
 from store import StoreUnavailable, StoreUnusable
 
 SEED = 11
@@ -274,7 +277,7 @@ def move(message: Message, data: dict[str, str]) -> None:
 
 
 def request(way: str) -> RebindRequest:
-    return RebindRequest(LONG, {"queue": "b"}, domain="a", trigger_rebind_event=way == "event")
+    return RebindRequest(LONG, {"queue": "b"}, Criteria(domain="a"), trigger_rebind_event=way == "event")
 
 
 @contextmanager
@@ -289,7 +292,7 @@ def listening(name: str, listener: Callable[..., None]) -> Iterator[None]:
 
 def attempted(queues: QueueRegistry, request: RebindRequest) -> RebindResult | Exception:
     try:
-        return queues.rebind(request, actor="test")
+        return queues.rebind(request)
     except (StoreUnavailable, MemoryError) as error:
         return error
 
@@ -318,7 +321,7 @@ def test_whichever_statement_fails_nothing_is_changed_and_the_next_rebind_is_don
             break
         assert isinstance(result, MemoryError if isinstance(error, MemoryError) else StoreUnavailable)
         assert outcome(before, url) == "nothing", f"statement {failing} failed"
-        assert queues.rebind(request(way), actor="test").moved == 3
+        assert queues.rebind(request(way)).moved == 3
         assert outcome(before, url) == "done"
         restore(url)
     assert failing > 4, "there were statements to fail"
@@ -540,7 +543,7 @@ def test_postgresql_is_asked_as_read_committed_whatever_its_default_is(queues: Q
         pytest.skip("of PostgreSQL alone: SQLite has no other")
     other = make_url(url).update_query_dict({"options": "-c default_transaction_isolation=serializable"})
     queues.bind(other.render_as_string(hide_password=False), busy_timeout=30)
-    for begun in (queues.database.look(), queues.database.read(), queues.database.write()):
+    for begun in (queues.database.autocommit(), queues.database.begin_read(), queues.database.begin_write()):
         with begun as db:
             assert db.scalar(text("SHOW transaction_isolation")) == "read committed"
 

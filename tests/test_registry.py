@@ -30,10 +30,11 @@ from sqlalchemy import delete, insert, text
 from sqlalchemy.exc import DBAPIError
 
 import store
-from moving import BATCH
+from event import HandlerFailed, rebind
 from message import Message
+from moving import BATCH
 from names import queue_name
-from queues import DuplicateMessage, HandlerFailed, QueueRegistry, QueueSummary, rebind
+from queues import DuplicateMessage, QueueRegistry, QueueSummary
 from store import MAX_NAME, StoreRefused
 
 FLAGS = ("trigger_rebind_event", "always_flush", "suppress_logging")
@@ -447,7 +448,7 @@ def test_records_stay_when_their_message_goes(queues: QueueRegistry) -> None:
     new = message()
     queues.load([new])
     ask(queues)
-    with queues.database.write() as db:
+    with queues.database.begin_write() as db:
         db.execute(delete(store.messages))
     assert [record["id"] for record in queues.records()] == [new.id]
 
@@ -628,7 +629,7 @@ def test_a_sender_that_writes_half_a_character_does_not_keep_others_from_being_r
 
 
 def test_a_content_without_its_message_is_refused(queues: QueueRegistry, url: str) -> None:
-    with pytest.raises(StoreRefused), queues.database.write() as db:
+    with pytest.raises(StoreRefused), queues.database.begin_write() as db:
         db.execute(insert(store.contents).values(id="nobody's", data=b"Hello"))
     assert contents(url) == {}
 
@@ -646,13 +647,13 @@ def test_a_rebind_leaves_contents_alone(queues: QueueRegistry, url: str) -> None
 @pytest.mark.sqlite
 def test_a_commit_in_sqlite_survives_a_power_loss(queues: QueueRegistry) -> None:
     """SQLite's documentation of "PRAGMA synchronous" promises that for FULL, which is 2, in WAL mode too."""
-    with queues.database.write() as db:
+    with queues.database.begin_write() as db:
         assert db.scalar(text("PRAGMA synchronous")) == 2
 
 
 def test_a_transaction_that_reads_leaves_no_trace(queues: QueueRegistry, url: str) -> None:
     queues.load([message()])
-    with nothing_changes(url), queues.database.read() as db:
+    with nothing_changes(url), queues.database.begin_read() as db:
         db.execute(delete(store.messages))
 
 

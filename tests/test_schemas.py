@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from message import NewMessage
 from marshmallow import Schema, ValidationError
 
-from queues import RebindRequest
+from history import RebindRequest
+from message import NewMessage
 from schemas import NotJSON, RebindQuerySchema, RebindRequestSchema, inspected_messages, parse_json
 
 # JSON

@@ -13,11 +13,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from history import response
-from message import NewMessage
 from sqlalchemy import delete
 
 from delivery import claim, postponed
+from history import response
+from message import NewMessage
 from queues import registry
 from store import messages
 
@@ -42,8 +42,8 @@ def work(dice: random.Random, _seed: int, end: float) -> list[tuple[str, dict[st
             if dice.random() < 0.5:
                 postponed(claimed, time.time() + dice.random(), {"response": response(451, "later")})
                 continue
-            with registry.database.write() as db:
-                gone = delete(messages).where(messages.c.key == claimed.key).returning(messages.c.meta)
+            with registry.database.begin_write() as db:
+                gone = delete(messages).where(messages.c.id == claimed.id).returning(messages.c.meta)
                 taken += [(claimed.id, row.meta) for row in db.execute(gone)]
         time.sleep(0.01)
     return taken

@@ -12,8 +12,9 @@ import pytest
 from conftest import ask, counts, engine_for, logged, message, run_sql, set_data, stored
 from sqlalchemy import inspect, text
 
-import moving
-from queues import HandlerFailed, QueueRegistry, rebind
+import postgresql
+from event import HandlerFailed, rebind
+from queues import QueueRegistry
 from store import StoreRefused
 
 OLDER = pytest.param("older PostgreSQL", marks=pytest.mark.postgresql)
@@ -22,7 +23,7 @@ OLDER = pytest.param("older PostgreSQL", marks=pytest.mark.postgresql)
 def go_back_to(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Go on as before PostgreSQL 18, whose UPDATE returns what was there before, if `way` says so."""
     if way == "older PostgreSQL":
-        monkeypatch.setattr(bulk, "_returns_old", lambda _: False)
+        monkeypatch.setattr(postgresql, "_returns_old", lambda _: False)
 
 
 def indexes(url: str) -> list[Any]:
