@@ -19,7 +19,7 @@ MESSAGES = BATCH + 2  # the first batch is written, and the second is not, when 
 
 @dataclass(frozen=True)
 class SlowRebind:
-    """A rebind of MESSAGES messages from queue `a` to `b` that is being done."""
+    """A rebind from queue `a` to `b` that is being done."""
 
     worker: int
     """The process id of the gunicorn worker that does it."""
@@ -36,10 +36,20 @@ class SlowRebind:
 def slow_rebind(
     ask: Callable[..., requests.Response], queues: QueueRegistry, folder: Path, **options: Any
 ) -> Iterator[SlowRebind]:
-    """Load messages, and rebind them by `ask`, which takes the fields of the body; the handler waits already."""
+    """Load MESSAGES messages and rebind them as `held` does, at the last of them."""
     new = [message(meta={"queue": "a"}) for _ in range(MESSAGES)]
     queues.load(new)
-    data = {"wait_at": new[-1].id, "folder": str(folder)}
+    with held(ask, new[-1].id, folder, **options) as slow:
+        yield slow
+
+
+@contextmanager
+def held(ask: Callable[..., requests.Response], at: str, folder: Path, **options: Any) -> Iterator[SlowRebind]:
+    """While this lasts, a rebind by the event waits in its handler, at the message with the id `at`.
+
+    ask: sends the request; it takes the fields of the body.
+    """
+    data = {"wait_at": at, "folder": str(folder)}
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, data=data, trigger_rebind_event=True, **options)
         try:

@@ -336,6 +336,7 @@ def test_a_request_is_sent_once_even_when_its_upstream_ends(doubled: tuple[Site,
     assert select.select(upstreams, [], [], 0)[0] == []
 
 
+@pytest.mark.slow
 def test_a_rebind_may_take_longer_than_nginx_waits_by_default(
     site: Site, default_port: int, queues: QueueRegistry, url: str, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -30,27 +30,35 @@ import pytest
 import requests
 from conftest import (
     PATH,
+    PATIENCE,
     ROOT,
     Service,
+    Start,
+    ask,
+    contents,
+    counts,
+    done,
+    empty,
     engine_for,
-    launch,
+    is_problem,
+    is_unavailable,
     logged,
     message,
+    new_database,
+    run_sql,
     start_service,
     stop_service,
     stored,
     until,
 )
-from slow import POLICY
-from sqlalchemy import Engine, event, make_url, select, text
+from slow import POLICY, SlowRebind, held
+from sqlalchemy import Engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 
-import store
 from event import rebind
-from history import RebindRequest, RebindResult
+from history import RebindResult
 from message import Message
 from moving import BATCH
-from names import Criteria
 from queues import QueueRegistry
 from store import StoreUnavailable, StoreUnusable
 
@@ -59,6 +67,11 @@ MOMENTS = 20  # at each of which a worker is killed
 MESSAGES = 2 * BATCH + 200  # in queue `a`; the event's handlers get them in three batches
 BYSTANDERS = 10  # in another queue, that no rebind of the tests matches
 LONG = "r" * 2000  # a reason that makes the records of a rebind larger than what there is room for
+
+
+def slowly(values: Iterable[int]) -> list[Any]:
+    """Values of a parameter that only the whole suite tries."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @dataclass(frozen=True)
@@ -74,12 +87,11 @@ def books(url: str) -> Books:
     """What is there when no transaction of anybody's is running, and sound as the database itself judges it."""
     if url.startswith("postgresql"):
         until(lambda: transactions(url) == 0)
-    with engine_for(url).connect() as db:
-        if url.startswith("sqlite"):
+    if url.startswith("sqlite"):
+        with engine_for(url).connect() as db:
             assert db.execute(text("PRAGMA integrity_check")).all() == [("ok",)]
             assert db.execute(text("PRAGMA foreign_key_check")).all() == []
-        contents = {row.id: row.data for row in db.execute(select(store.contents))}
-    return Books(stored(url), contents, logged(url))
+    return Books(stored(url), contents(url), logged(url))
 
 
 def transactions(url: str) -> int:
@@ -120,16 +132,10 @@ def works_again(service: Service, url: str) -> None:
     """Assert that the next request does all it should."""
     before = books(url)
     answer = service.rebind(domain="b" if before.messages[0]["queue"] == "b" else "a", data={"queue": "next"})
-    assert (answer.status_code, answer.headers.get("Rebind-Matched")) == (200, str(MESSAGES)), answer.text
+    assert done(answer) == (MESSAGES,) * 3
     after = books(url)
     assert Counter(row["queue"] for row in after.messages) == {"next": MESSAGES, "other": BYSTANDERS}
     assert len(after.records) == len(before.records) + MESSAGES
-
-
-@pytest.fixture
-def sqlite_only(url: str) -> None:
-    if not url.startswith("sqlite"):
-        pytest.skip("of SQLite alone")
 
 
 @pytest.fixture
@@ -152,23 +158,6 @@ def gunicorn(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     stop_service(service)
 
 
-Start = Callable[..., Service]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a gunicorn on the database at a URL, with these arguments and settings; it is stopped after the test."""
-    started = []
-
-    def service(url: str, *arguments: str, **settings: str) -> Service:
-        started.append(start_service(tmp_path, url, *arguments, **settings))
-        return started[-1]
-
-    yield service
-    for each in started:
-        stop_service(each)
-
-
 def worker(service: Service) -> int:
     """The process id of gunicorn's one worker, when there is one."""
     children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
@@ -177,17 +166,10 @@ def worker(service: Service) -> int:
 
 
 @contextmanager
-def held(service: Service, folder: Path, before: Books, at: int, **options: Any) -> Iterator[Future[requests.Response]]:
+def held_at(service: Service, folder: Path, before: Books, at: int, **options: Any) -> Iterator[SlowRebind]:
     """While this lasts, a rebind of queue `a` to `b` by the event waits in its handler, at message number `at`."""
-    data = {"wait_at": before.messages[at]["id"], "folder": str(folder)}
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(service.rebind, data=data, domain="a", trigger_rebind_event=True, **options)
-        try:
-            until(lambda: answer.done() or any(folder.glob("[0-9]*")))
-            assert not answer.done(), answer.result().text
-            yield answer
-        finally:
-            (folder / "go").touch()
+    with held(service.rebind, before.messages[at]["id"], folder, domain="a", **options) as slow:
+        yield slow
 
 
 def came(answer: Future[requests.Response]) -> int | None:
@@ -201,18 +183,18 @@ def came(answer: Future[requests.Response]) -> int | None:
 # Killed
 
 
-@pytest.mark.parametrize("moment", range(0, MOMENTS, 2))
+@pytest.mark.parametrize("moment", [0, *slowly(range(2, MOMENTS, 2))])
 def test_a_worker_that_is_killed_in_a_handler_leaves_nothing_of_the_rebind(
     service: Service, before: Books, url: str, tmp_path: Path, moment: int
 ) -> None:
-    with held(service, tmp_path, before, at=random.Random(SEED + moment).randrange(MESSAGES)) as answer:
-        os.kill(worker(service), signal.SIGKILL)
-        assert came(answer) is None
+    with held_at(service, tmp_path, before, at=random.Random(SEED + moment).randrange(MESSAGES)) as slow:
+        os.kill(slow.worker, signal.SIGKILL)
+        assert came(slow.answer) is None
     assert outcome(before, url) == "nothing"
     works_again(service, url)
 
 
-@pytest.mark.parametrize("moment", range(1, MOMENTS, 2))
+@pytest.mark.parametrize("moment", [1, *slowly(range(3, MOMENTS, 2))])
 def test_a_worker_that_is_killed_at_any_moment_leaves_all_of_the_rebind_or_nothing(
     service: Service, queues: QueueRegistry, url: str, moment: int
 ) -> None:
@@ -232,6 +214,7 @@ def test_a_worker_that_is_killed_at_any_moment_leaves_all_of_the_rebind_or_nothi
     works_again(service, url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["data", "event"])
 def test_a_process_that_kills_itself_before_any_statement_or_the_commit_leaves_nothing(
     queues: QueueRegistry, url: str, way: str
@@ -264,9 +247,8 @@ def test_a_process_that_kills_itself_before_any_statement_or_the_commit_leaves_n
 
 def restore(url: str) -> None:
     """Undo a rebind from `a` to `b`, behind the registry's back."""
-    with engine_for(url).begin() as db:
-        db.execute(text("UPDATE messages SET queue = 'a', due = 1e9, meta = '{\"queue\":\"a\"}' WHERE queue = 'b'"))
-        db.execute(text("DELETE FROM log"))
+    back = "UPDATE messages SET queue = 'a', due = 1e9, meta = '{\"queue\":\"a\"}' WHERE queue = 'b'"
+    run_sql(url, back, "DELETE FROM log")
 
 
 # Statements that fail
@@ -274,10 +256,6 @@ def restore(url: str) -> None:
 
 def move(message: Message, data: dict[str, str]) -> None:
     message.meta["queue"] = data["queue"]
-
-
-def request(way: str) -> RebindRequest:
-    return RebindRequest(LONG, {"queue": "b"}, Criteria(domain="a"), trigger_rebind_event=way == "event")
 
 
 @contextmanager
@@ -290,9 +268,10 @@ def listening(name: str, listener: Callable[..., None]) -> Iterator[None]:
         event.remove(Engine, name, listener)
 
 
-def attempted(queues: QueueRegistry, request: RebindRequest) -> RebindResult | Exception:
+def attempted(queues: QueueRegistry, way: str) -> RebindResult | Exception:
+    """What comes of a rebind from `a` to `b`."""
     try:
-        return queues.rebind(request)
+        return ask(queues, {"queue": "b"}, domain="a", reason=LONG, trigger_rebind_event=way == "event")
     except (StoreUnavailable, MemoryError) as error:
         return error
 
@@ -316,20 +295,23 @@ def test_whichever_statement_fails_nothing_is_changed_and_the_next_rebind_is_don
                 raise error
 
         with listening("before_cursor_execute", fail):
-            result = attempted(queues, request(way))
+            result = attempted(queues, way)
         if isinstance(result, RebindResult):
             break
         assert isinstance(result, MemoryError if isinstance(error, MemoryError) else StoreUnavailable)
         assert outcome(before, url) == "nothing", f"statement {failing} failed"
-        assert queues.rebind(request(way)).moved == 3
+        again = attempted(queues, way)
+        assert isinstance(again, RebindResult)
+        assert counts(again) == (3, 3, 3)
         assert outcome(before, url) == "done"
         restore(url)
     assert failing > 4, "there were statements to fail"
     assert outcome(before, url) == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["data", "event"])
-@pytest.mark.usefixtures("sqlite_only")
+@pytest.mark.sqlite
 def test_a_database_with_no_page_to_spare_changes_nothing_until_it_has(
     queues: QueueRegistry, tmp_path: Path, way: str
 ) -> None:
@@ -343,7 +325,7 @@ def test_a_database_with_no_page_to_spare_changes_nothing_until_it_has(
         """On a connection of its own: the limit is the connection's, and never less than what is used."""
         queues.bind(url, busy_timeout=30)
         with listening("connect", lambda connection, _: connection.execute(f"PRAGMA max_page_count = {pages}")):
-            return attempted(queues, request(way))
+            return attempted(queues, way)
 
     with engine_for(url).connect() as db:
         used = int(db.scalar(text("PRAGMA page_count")) or 0)
@@ -362,29 +344,22 @@ def test_a_database_with_no_page_to_spare_changes_nothing_until_it_has(
 # The disk is full
 
 
-@pytest.mark.parametrize("moment", range(6))
-@pytest.mark.usefixtures("sqlite_only")
+@pytest.mark.parametrize("moment", [0, *slowly(range(1, 6))])
+@pytest.mark.sqlite
 def test_where_files_may_not_grow_it_is_503_and_works_again_when_they_may(
     service: Service, before: Books, url: str, tmp_path: Path, moment: int
 ) -> None:
     """SQLITE_IOERR_WRITE: the worker's limit on the size of a file, which the test sets in the midst of its work."""
     dice = random.Random(SEED + moment)
     limit = dice.randrange(100_000, 2_000_000)  # bytes
-    with held(service, tmp_path, before, at=dice.randrange(MESSAGES), reason=LONG) as answer:
+    with held_at(service, tmp_path, before, at=dice.randrange(MESSAGES), reason=LONG) as slow:
         before_it = resource.prlimit(worker(service), resource.RLIMIT_FSIZE)
         resource.prlimit(worker(service), resource.RLIMIT_FSIZE, (limit, before_it[1]))
-        (tmp_path / "go").touch()
-        refused(answer.result(), "the database cannot do this now: disk I/O error")
-        refused(service.rebind(domain="a", data={"queue": "b"}, reason=LONG))
+        assert is_unavailable(slow.let_go(), "the database cannot do this now: disk I/O error")
+        assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}, reason=LONG))
     assert outcome(before, url) == "nothing"
     resource.prlimit(worker(service), resource.RLIMIT_FSIZE, before_it)
     works_again(service, url)
-
-
-def refused(answer: requests.Response, detail: str = "") -> None:
-    assert answer.status_code == 503, answer.text
-    assert answer.headers["Retry-After"] == "5"
-    assert answer.json()["detail"].startswith(detail or "the database cannot do this now: ")
 
 
 SMALL = 24 * 2**20  # bytes of a disk that can be filled
@@ -401,33 +376,30 @@ def small_disk(url: str) -> Iterator[tuple[str, Path]]:
         if subprocess.run(mount, check=False, capture_output=True).returncode:
             pytest.skip("a disk of its own can be mounted by root alone")
         try:
-            if url.startswith("sqlite"):
-                new = f"sqlite:///{disk / 'queues.db'}"
+            with tablespace(url, disk) as options, new_database(url, disk, options) as new:
                 yield new, disk
                 engine_for(new).dispose()
-            else:
-                with tablespace(url, disk) as new:
-                    yield new, disk
         finally:
             subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @contextmanager
 def tablespace(url: str, disk: Path) -> Iterator[str]:
-    """The URL of a PostgreSQL database whose tables are on the disk."""
+    """What puts the tables of a new PostgreSQL database on the disk; SQLite's file needs nothing of the kind."""
+    if url.startswith("sqlite"):
+        yield ""
+        return
     folder = disk / "tables"
     folder.mkdir()
-    admin = engine_for(url).execution_options(isolation_level="AUTOCOMMIT")
-    with admin.connect() as db:
+    with engine_for(url).connect().execution_options(isolation_level="AUTOCOMMIT") as db:
         data = Path(str(db.scalar(text("SHOW data_directory")))).stat()
         os.chown(folder, data.st_uid, data.st_gid)
         db.execute(text(f"CREATE TABLESPACE small LOCATION '{folder}'"))
-        db.execute(text("CREATE DATABASE small TABLESPACE small"))
-        yield make_url(url).set(database="small").render_as_string(hide_password=False)
-        db.execute(text("DROP DATABASE small WITH (FORCE)"))
+        yield "TABLESPACE small"
         db.execute(text("DROP TABLESPACE small"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_503_and_works_again_when_there_is_room(
     small_disk: tuple[str, Path], queues: QueueRegistry, start: Start, tmp_path: Path
 ) -> None:
@@ -435,16 +407,15 @@ def test_a_full_disk_is_503_and_works_again_when_there_is_room(
     url, disk = small_disk
     queues.bind(url, busy_timeout=30)
     before = fill(queues, url)
-    service = start(url, "--workers", "1", REBIND_POLICY=POLICY)
+    service = start("--workers", "1", url=url, REBIND_POLICY=POLICY)
     dice = random.Random(SEED)
     for room in (300_000, 0):
         folder = tmp_path / f"{room}"
         folder.mkdir()
-        with held(service, folder, before, at=dice.randrange(2 * BATCH), reason=LONG) as answer:
+        with held_at(service, folder, before, at=dice.randrange(2 * BATCH), reason=LONG) as slow:
             fill_up(disk, room)
-            (folder / "go").touch()
-            refused(answer.result())
-        refused(service.rebind(domain="a", data={"queue": "b"}, reason=LONG))
+            assert is_unavailable(slow.let_go())
+        assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}, reason=LONG))
         (disk / "filler").unlink()
         assert outcome(before, url) == "nothing"
     works_again(service, url)
@@ -497,10 +468,10 @@ LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE messages IN ACCE
 def test_a_database_that_another_process_locks_is_503_and_works_again_when_that_is_gone(
     before: Books, url: str, start: Start, seconds: str
 ) -> None:
-    service = start(url, REBIND_BUSY_TIMEOUT=seconds)
+    service = start(REBIND_BUSY_TIMEOUT=seconds)
     with another_process(url, LOCKS[make_url(url).get_backend_name()]):
         for _ in range(3):
-            refused(service.rebind(domain="a", data={"queue": "b"}))
+            assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}))
     assert outcome(before, url) == "nothing"
     works_again(service, url)
 
@@ -511,11 +482,11 @@ def test_a_service_that_starts_while_its_database_is_locked_works_when_it_no_lon
     """Also in both workers at once: neither goes on with a connection that was opened before they were forked."""
     at_start = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_lock(hashtext('rebind'))"}
     with another_process(url, at_start[make_url(url).get_backend_name()]):
-        service = start(url, REBIND_BUSY_TIMEOUT="0.5")
-        refused(service.rebind(domain="a", data={"queue": "b"}))
+        service = start(REBIND_BUSY_TIMEOUT="0.5")
+        assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}))
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: service.rebind("?dry_run=true", domain="a"), range(40)))
-    assert [(each.status_code, each.headers.get("Rebind-Matched")) for each in answers] == [(200, str(MESSAGES))] * 40
+    assert [done(each) for each in answers] == [(MESSAGES, 0, 0)] * 40
     assert outcome(before, url) == "nothing"
     works_again(service, url)
 
@@ -525,22 +496,16 @@ def test_a_service_that_starts_while_its_database_is_locked_works_when_it_no_lon
 
 def test_a_database_that_cannot_keep_any_text_is_refused(queues: QueueRegistry, url: str, tmp_path: Path) -> None:
     """In UTF-16 names would be in another order, and with Latin-1 some criteria could not be asked for."""
-    if url.startswith("sqlite"):
-        other = f"sqlite:///{tmp_path / 'queues.db'}"
-        with closing(sqlite3.connect(tmp_path / "queues.db")) as db:
-            db.executescript("PRAGMA encoding = 'UTF-16le'; CREATE TABLE mine (a)")
-    else:
-        other = make_url(url).set(database="latin").render_as_string(hide_password=False)
-        with engine_for(url).connect().execution_options(isolation_level="AUTOCOMMIT") as db:
-            db.execute(text("CREATE DATABASE latin TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'"))
-    queues.bind(other, busy_timeout=30)
-    with pytest.raises(StoreUnusable, match="must be UTF-8"):
-        queues.prepare()
+    with new_database(url, tmp_path, "TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'") as other:
+        if url.startswith("sqlite"):
+            run_sql(other, "PRAGMA encoding = 'UTF-16le'", "CREATE TABLE mine (a)")
+        queues.bind(other, busy_timeout=30)
+        with pytest.raises(StoreUnusable, match="must be UTF-8"):
+            queues.prepare()
 
 
+@pytest.mark.postgresql
 def test_postgresql_is_asked_as_read_committed_whatever_its_default_is(queues: QueueRegistry, url: str) -> None:
-    if url.startswith("sqlite"):
-        pytest.skip("of PostgreSQL alone: SQLite has no other")
     other = make_url(url).update_query_dict({"options": "-c default_transaction_isolation=serializable"})
     queues.bind(other.render_as_string(hide_password=False), busy_timeout=30)
     for begun in (queues.database.autocommit(), queues.database.begin_read(), queues.database.begin_write()):
@@ -599,22 +564,16 @@ def test_of_a_client_that_goes_in_the_middle_of_its_request_nothing_is_done(
 # Two rebinds at once
 
 
-@pytest.fixture(scope="module")
-def two_workers(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    service = start_service(tmp_path_factory.mktemp("two"), url)
-    yield service
-    stop_service(service)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "other"), [(("a", "b"), ("a", "c")), (("a", "b"), ("b", "a"))], ids=["same queue", "to and fro"]
 )
 def test_two_rebinds_at_once_come_to_the_same_as_one_after_the_other(
-    two_workers: Service, queues: QueueRegistry, url: str, one: tuple[str, str], other: tuple[str, str]
+    shared: Start, queues: QueueRegistry, url: str, one: tuple[str, str], other: tuple[str, str]
 ) -> None:
-    barrier = threading.Barrier(2)
+    two_workers, barrier = shared(), threading.Barrier(2, timeout=PATIENCE)
 
-    def ask(pair: tuple[str, str]) -> int:
+    def rebind_pair(pair: tuple[str, str]) -> int:
         barrier.wait()
         answer = two_workers.rebind(domain=pair[0], data={"queue": pair[1]}, reason=f"{pair}")
         assert answer.status_code == 200, answer.text
@@ -623,11 +582,9 @@ def test_two_rebinds_at_once_come_to_the_same_as_one_after_the_other(
     seen = set()
     with ThreadPoolExecutor(2) as pool:
         for _ in range(8):
-            with engine_for(url).begin() as db:
-                for table in ("messages", "log"):
-                    db.execute(text(f"DELETE FROM {table}"))
+            empty(url)
             queues.load(message(meta={"queue": queue}) for queue in "ab" * 300)
-            moved = tuple(pool.map(ask, (one, other)))
+            moved = tuple(pool.map(rebind_pair, (one, other)))
             after = books(url)
             left = Counter(row["queue"] for row in after.messages)
             assert Counter(row["reason"] for row in after.records) == Counter(
@@ -693,17 +650,16 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.postgresql
 @pytest.mark.parametrize(("lost", "left"), [("request", "nothing"), ("answer", "done")])
 def test_where_the_connection_is_lost_at_the_commit_the_answer_says_that_it_may_have_been_done(
     before: Books, url: str, start: Start, lost: str, left: Outcome
 ) -> None:
-    if not url.startswith("postgresql"):
-        pytest.skip("of PostgreSQL alone: SQLite has no connection to lose")
     proxy = Proxy(url, lost)
-    service = start(proxy.url, "--workers", "1")
+    service = start("--workers", "1", url=proxy.url)
     proxy.losing.set()
     lost_answer = "the database's answer to the commit was lost: all of it is done or nothing; it may be sent again"
-    refused(service.rebind(domain="a", data={"queue": "b"}), lost_answer)
+    assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}), lost_answer)
     assert outcome(before, url) == left
     works_again(service, url)
     proxy.close()
@@ -739,30 +695,28 @@ def damaged(queues: QueueRegistry, tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("part", ["second half", "schema", "messages", "messages_queue_due"])
-@pytest.mark.usefixtures("sqlite_only")
+@pytest.mark.sqlite
 def test_a_damaged_database_stops_gunicorn_with_one_line_that_says_so(
-    damaged: Callable[[str], Path], tmp_path: Path, part: str
+    damaged: Callable[[str], Path], start: Start, part: str
 ) -> None:
     file = damaged(part)
     content = file.read_bytes()
-    service = launch(tmp_path, f"sqlite:///{file}")
-    until(service.listens_or_ended)
+    service = start(url=f"sqlite:///{file}")
     assert service.process.wait(30) != 0
     (line,) = service.output.read_text().splitlines()
     assert line.startswith("rebind cannot start: the database is damaged")
     assert file.read_bytes() == content
 
 
-@pytest.mark.usefixtures("sqlite_only")
+@pytest.mark.sqlite
 def test_a_damaged_log_is_told_by_the_answer_and_leaves_the_messages_where_they_are(
     damaged: Callable[[str], Path], start: Start
 ) -> None:
     url = f"sqlite:///{damaged('log')}"
     before = stored(url)
-    service = start(url)
+    service = start(url=url)
     for _ in range(2):
-        answer = service.rebind(data={"queue": "b"})
         detail = "the database is damaged, or is none: database disk image is malformed"
-        assert (answer.status_code, answer.json()["detail"]) == (500, detail)
+        assert is_problem(service.rebind(data={"queue": "b"}), 500, detail)
     assert stored(url) == before
-    assert service.rebind(data={"queue": "b"}, suppress_logging=True).headers["Rebind-Moved"] == str(MESSAGES)
+    assert done(service.rebind(data={"queue": "b"}, suppress_logging=True)) == (MESSAGES,) * 3

@@ -5,15 +5,14 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
 import pytest
-from conftest import PATH, Service, engine_for, logged, message, start_service, stop_service, stored, until
+from conftest import PATH, SITE_POLICY, Service, Start, engine_for, logged, message, stored, until
 
-from queues import registry
+from queues import QueueRegistry
 
 CLIENTS = 8
 WARM_UP, RUN = 2, 8  # seconds
@@ -125,28 +124,21 @@ def connections(url: str) -> int:
         return int(db.exec_driver_sql(count).scalar_one())
 
 
-@pytest.fixture
-def loaded_service(queues: object, url: str, tmp_path: Path) -> Iterator[Service]:
-    """A gunicorn with two workers of its own, on a database with messages."""
-    registry.load([message(f"ada@{n % 20}.example", id=f"m-{n}") for n in range(MESSAGES)])
-    policy = str(Path(__file__).parent / "site_policy.py")
-    service = start_service(tmp_path, url, REBIND_POLICY=policy)
-    yield service
-    stop_service(service)
-
-
+@pytest.mark.slow
 def test_under_load_every_answer_is_right_and_nothing_leaks(
-    loaded_service: Service, url: str, capsys: pytest.CaptureFixture[str]
+    queues: QueueRegistry, start: Start, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load(loaded_service, WARM_UP)
-    while any(level(worker).threads <= THREADS for worker in workers(loaded_service)):
-        load(loaded_service, 0.2)
-    before = {worker: level(worker) for worker in workers(loaded_service)}
+    queues.load([message(f"ada@{n % 20}.example", id=f"m-{n}") for n in range(MESSAGES)])
+    service = start(REBIND_POLICY=SITE_POLICY)
+    load(service, WARM_UP)
+    while any(level(worker).threads <= THREADS for worker in workers(service)):
+        load(service, 0.2)
+    before = {worker: level(worker) for worker in workers(service)}
     open_before = connections(url)
-    answers = load(loaded_service, RUN)
+    answers = load(service, RUN)
     # A connection that a client closed is closed by the worker when it gets to it.
     until(lambda: all(level(worker).files <= before[worker].files + SPARE for worker in before))
-    after = {worker: level(worker) for worker in workers(loaded_service)}
+    after = {worker: level(worker) for worker in workers(service)}
 
     with capsys.disabled():
         print(f"\n{url.split(':')[0]}: {answers.total() / RUN:.0f} requests/s", dict(answers))
@@ -161,4 +153,4 @@ def test_under_load_every_answer_is_right_and_nothing_leaks(
     assert {row["id"] for row in stored(url)} == {f"m-{n}" for n in range(MESSAGES)}
     assert {row["queue"] for row in stored(url)} <= {"a.example", "b.example"} | {f"{n}.example" for n in range(20)}
     assert {record["reason"] for record in logged(url)} == {"load"}
-    assert "Traceback" not in loaded_service.output.read_text()
+    assert "Traceback" not in service.output.read_text()

@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import logged, message, stored
+from conftest import empty, logged, message, set_data, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete
 
 import store
 from event import rebind
@@ -27,7 +26,7 @@ Row = dict[str, Any]
 
 
 def model(rows: list[Row], request: RebindRequest, limit: int | None) -> tuple[list[Row], tuple[int, int, int]]:
-    """SPEC.md, "What one request does", to `rows`. Returns the records, and the counts of the result."""
+    """docs/contract.md, "What one request does", to `rows`. Returns the records, and the counts of the result."""
     found = [row for row in rows if matches(request, row["queue"])]
     found = [row for row in rows if row in sorted(found, key=lambda row: row["due"])[:limit]]
     old = [row["queue"] for row in found]
@@ -46,7 +45,7 @@ def model(rows: list[Row], request: RebindRequest, limit: int | None) -> tuple[l
 
 
 def name(meta: Row, domain: str) -> str:
-    """The name of a message's queue: the table of SPEC.md."""
+    """The name of a message's queue: docs/contract.md, "The name of a message's queue"."""
     queue, campaign, tenant, route = (meta[key] if isinstance(meta.get(key), str) else None for key in NAMING)
     before = f"{campaign}:{tenant or ''}@" if campaign is not None else "" if tenant is None else f"{tenant}@"
     return before + domain + ("" if route is None else f"!{route}") if queue is None else queue
@@ -98,13 +97,13 @@ loaded = st.lists(
     max_size=12,
 )
 rarely = st.sampled_from([True, False, False])
-unset = [None] * 10  # criteria are few, so that they match often
-criteria = {key: st.sampled_from([*unset, "a", "b", ""]) for key in ("campaign", "tenant", "routing_domain")}
+absent = [None] * 10  # criteria are few, so that they match often
+criteria = {key: st.sampled_from([*absent, "a", "b", ""]) for key in ("campaign", "tenant", "routing_domain")}
 requests = st.builds(
     RebindRequest,
     reason=texts,
     data=data | st.builds(lambda more, to: more | {"to": to}, data, st.sampled_from(RECIPIENTS)),
-    domain=st.sampled_from([*unset, "x.example", "Y.EXAMPLE", "[ipv6:::1]", "É.example", "a", ""]),
+    domain=st.sampled_from([*absent, "x.example", "Y.EXAMPLE", "[ipv6:::1]", "É.example", "a", ""]),
     trigger_rebind_event=rarely,
     always_flush=rarely,
     suppress_logging=rarely,
@@ -118,15 +117,17 @@ def registry(url: str) -> QueueRegistry:
     """One for all examples, which empty it themselves."""
     registry = QueueRegistry()
     registry.bind(url, busy_timeout=30)
+    registry.prepare()
     return registry
 
 
 def obey(message: Message, data: dict[str, str]) -> None:
     """The event's handler: what the model does where `trigger_rebind_event` is set."""
-    message.meta |= data
+    set_data(message, data)
     message.recipient = data.get("to", message.recipient)
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(loaded, calls)
 def test_the_registry_does_what_the_model_does(
@@ -135,9 +136,7 @@ def test_the_registry_does_what_the_model_does(
     new: list[NewMessage],
     calls: list[tuple[RebindRequest, bool, int | None]],
 ) -> None:
-    with registry.database.begin_write() as db:
-        for table in (store.contents, store.messages, store.log):
-            db.execute(delete(table))
+    empty(url)
     start = time.time()
     counts = registry.load(new)
     rows = stored(url)

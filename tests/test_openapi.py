@@ -3,7 +3,7 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema_rs
@@ -11,13 +11,13 @@ import pytest
 import requests
 import schemathesis
 import yaml
-from conftest import PATH, ROOT, Service, engine_for, message, start_service, stop_service, stored
+from conftest import PATH, ROOT, SITE_POLICY, Service, Start, engine_for, locked, message, stored
 from hypothesis import settings
 from marshmallow import RAISE, Schema, ValidationError, fields, missing
 from werkzeug.exceptions import HTTPException
 
 import app
-from queues import registry
+from queues import QueueRegistry
 from schemas import RebindQuerySchema, RebindRequestSchema
 
 DOCUMENT = yaml.safe_load((ROOT / "openapi.yaml").read_text())
@@ -31,7 +31,7 @@ api = schemathesis.openapi.from_path(ROOT / "openapi.yaml", config=schemathesis.
 
 
 def resolved(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema with what its `$ref` names; what stands beside that goes before."""
+    """A schema with what its `$ref` names; what stands beside that takes precedence."""
     if "$ref" not in schema:
         return schema
     there = DOCUMENT["components"]["schemas"][schema["$ref"].removeprefix("#/components/schemas/")]
@@ -158,31 +158,28 @@ def test_the_document_and_the_schema_agree_on_the_limits(limit: int) -> None:
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A database with some messages: HTTP is the same before each kind of database, so SQLite stands for both."""
     url = f"sqlite:///{tmp_path_factory.mktemp('openapi') / 'queues.db'}"
-    registry.bind(url, busy_timeout=30)
+    own = QueueRegistry()
+    own.bind(url, busy_timeout=30)
     names = ["spring-sale", "summer-sale", ""]
-    registry.load([message(f"ada@{d}.example", id=f"m-{c}-{d}", meta={"campaign": c}) for c in names for d in "ab"])
+    own.load([message(f"ada@{d}.example", id=f"m-{c}-{d}", meta={"campaign": c}) for c in names for d in "ab"])
     return url
 
 
 @pytest.fixture(scope="module")
-def open_service(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def open_service(shared: Start) -> Service:
     """It trusts us, has handlers and no users."""
-    policy = str(ROOT / "tests" / "site_policy.py")
-    service = start_service(tmp_path_factory.mktemp("open"), url, REBIND_POLICY=policy, REBIND_BUSY_TIMEOUT="0.2")
-    yield service
-    stop_service(service)
+    return shared(REBIND_POLICY=SITE_POLICY, REBIND_BUSY_TIMEOUT="0.2")
 
 
 @pytest.fixture(scope="module")
-def guarded_service(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def guarded_service(shared: Start, tmp_path_factory: pytest.TempPathFactory) -> Service:
     """It has users, whose passwords nobody knows, and no handlers."""
-    folder = tmp_path_factory.mktemp("guarded")
-    (folder / "htpasswd").write_text("ada:$2y$05$c4WoMPo3SXsafkva.HHa6uXQZWr7oboPiC2bT/r7q1BB8I2s0BRqC\n")
-    service = start_service(folder, url, REBIND_HTPASSWD=str(folder / "htpasswd"))
-    yield service
-    stop_service(service)
+    htpasswd = tmp_path_factory.mktemp("guarded") / "htpasswd"
+    htpasswd.write_text("ada:$2y$05$c4WoMPo3SXsafkva.HHa6uXQZWr7oboPiC2bT/r7q1BB8I2s0BRqC\n")
+    return shared(REBIND_HTPASSWD=str(htpasswd))
 
 
+@pytest.mark.slow
 @api.parametrize()
 @settings(max_examples=200, deadline=None)
 def test_schemathesis_finds_nothing(case: "schemathesis.Case[Any]", open_service: Service) -> None:
@@ -217,14 +214,10 @@ def test_every_example_of_an_answer_is_as_its_schema_says() -> None:
     assert all(schema.is_valid(example) for schema, example in examples)
 
 
-def locked(url: str, ask: Callable[[], requests.Response]) -> requests.Response:
-    """Ask while another has the database's write lock."""
-    with engine_for(url).connect() as db:
-        db.rollback()
-        db.exec_driver_sql("BEGIN IMMEDIATE")
-        answer = ask()
-        db.rollback()
-    return answer
+def while_locked(url: str, ask: Callable[[], requests.Response]) -> requests.Response:
+    """Ask while somebody else has the database's write lock."""
+    with locked(url):
+        return ask()
 
 
 FAIL: dict[str, Any] = {"trigger_rebind_event": True, "data": {"recipient": "nobody"}}  # whichever message is first
@@ -241,7 +234,7 @@ PROVOKED: dict[str, Callable[[Service, Service, str], requests.Response]] = {
     "415": lambda open_, guarded, url: open_.post(b"{}", "text/plain"),
     "422": lambda open_, guarded, url: open_.rebind(tennant="acme"),
     "500": lambda open_, guarded, url: open_.rebind(**FAIL),
-    "503": lambda open_, guarded, url: locked(url, open_.rebind),
+    "503": lambda open_, guarded, url: while_locked(url, open_.rebind),
 }
 
 

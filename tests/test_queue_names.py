@@ -16,7 +16,7 @@ from queues import QueueRegistry, matching_queues
 settings.register_profile("names", derandomize=True, deadline=None, max_examples=200)
 names = settings.get_profile("names")
 
-# The table of SPEC.md, "The name of a message's queue".
+# The table of docs/contract.md, "The name of a message's queue".
 TABLE = {
     "camp:ten@example.com": QueueName("camp", "ten", "example.com", None),
     "camp:ten@example.com!route": QueueName("camp", "ten", "example.com", "route"),
