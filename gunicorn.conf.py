@@ -1,5 +1,7 @@
 """gunicorn's settings: it finds this file by itself in the folder where it is started."""
 
+import os
+import signal
 import socket
 import struct
 from typing import Any
@@ -33,7 +35,32 @@ access_log_format = '%(h)s %({x-forwarded-for}i)s "%(r)s" %(s)s %(B)s %(M)sms "%
 
 control_socket_disable = True  # whoever may open it could stop the service
 forwarder_headers = ""  # or a client on this host could name another path, in a header SCRIPT_NAME or PATH_INFO
+STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 SILENCE = 10  # seconds that a client may be silent within a request; gthread sets no limit, and each holds a thread
+
+
+def on_starting(server: Any) -> None:
+    """After each fork, let the master hear the signals to stop again. See pre_fork."""
+    os.register_at_fork(after_in_parent=hear_stop)
+
+
+def pre_fork(server: Any, worker: Any) -> None:
+    """Hold back the signals to stop until the new worker has its own handlers: the kernel keeps them.
+
+    Until then the worker has the master's handlers, which put a signal into a queue that a worker never reads. The
+    signal would be lost, and the master would wait for the worker for all of graceful_timeout.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+
+
+def post_worker_init(worker: Any) -> None:
+    """The worker has its own handlers now. See pre_fork."""
+    hear_stop()
+
+
+def hear_stop() -> None:
+    """Deliver the signals to stop, those that were held back first."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
 
 
 def when_ready(server: Any) -> None:

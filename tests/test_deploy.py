@@ -383,7 +383,6 @@ def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) ->
         systemd.settimeout(60)
         service = start_service(tmp_path, url, "--workers", "1", NOTIFY_SOCKET=str(tmp_path / "notify"))
         assert systemd.recv(100).startswith(b"READY=1")
-        service.rebind(domain="no.example")  # a worker that is still starting would miss the signal to stop
         stop_service(service)
 
 

@@ -1,4 +1,4 @@
-"""Tests of gunicorn.conf.py: what becomes of a long rebind, and of requests that are too large, in a real gunicorn."""
+"""Tests of gunicorn.conf.py in a real gunicorn: what becomes of long rebinds, of stops, and of refused requests."""
 
 import json
 import os
@@ -25,19 +25,13 @@ Start = Callable[..., Service]
 
 @pytest.fixture
 def start(url: str, tmp_path: Path) -> Iterator[Start]:
-    """Start a gunicorn with these arguments, each of whose workers serves; it is stopped after the test."""
+    """Start a gunicorn with these arguments, and both of its workers; it is stopped after the test."""
     started = []
 
     def service(*arguments: str) -> Service:
-        service = start_service(tmp_path, url, "--access-logformat", "%(p)s", *arguments, REBIND_POLICY=POLICY)
+        service = start_service(tmp_path, url, *arguments, REBIND_POLICY=POLICY)
         started.append(service)
-
-        def all_serve() -> bool:
-            requests.get(service.base, timeout=60)
-            pids = workers(service)
-            return len(pids) == 2 and all(f"<{pid}>" in service.output.read_text() for pid in pids)
-
-        until(all_serve)
+        until(lambda: len(workers(service)) == 2)
         return service
 
     yield service
@@ -120,6 +114,20 @@ def test_the_rebind_of_a_worker_that_is_killed_is_rolled_back_and_another_worker
         until(lambda: len(workers(service) - before) == 1)
     assert service.rebind(data={"queue": "b"}).headers["Rebind-Moved"] == str(MESSAGES)
     assert ledger(url) == DONE
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT], ids=lambda stop: stop.name)
+def test_a_worker_hears_a_signal_to_stop_from_the_moment_that_it_is_forked(start: Start, stop: signal.Signals) -> None:
+    service = start()
+    seen = workers(service)
+    pid = min(seen)
+    for _ in range(10):
+        os.kill(pid, stop)
+        until(lambda ended=pid: ended not in workers(service))  # type: ignore[misc]
+        while not (forked := workers(service) - seen):  # without a pause: it has its handlers in a few milliseconds
+            assert service.process.poll() is None
+        (pid,) = forked
+        seen |= forked
 
 
 @pytest.mark.parametrize(
