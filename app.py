@@ -110,6 +110,8 @@ def read_json() -> Any:
     """The body, as JSON. Raises BadRequest, RequestEntityTooLarge and UnsupportedMediaType."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("the content type must be application/json")
+    if "Content-Encoding" in request.headers:
+        raise UnsupportedMediaType("the body must not have a Content-Encoding")
     # One byte more than is allowed: a longer body that comes in chunks is cut there, silently, by what lies below.
     request.max_content_length = MAX_BODY + 1
     try:

@@ -4,7 +4,10 @@ import os
 import signal
 import socket
 import struct
+from contextlib import suppress
 from typing import Any
+
+from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 
 bind = "127.0.0.1:8000"
 umask = 0o007  # of a unix socket: a proxy is believed about who asks, so that nobody else may connect to it
@@ -36,6 +39,8 @@ access_log_format = '%(h)s %({x-forwarded-for}i)s "%(r)s" %(s)s %(B)s %(M)sms "%
 control_socket_disable = True  # whoever may open it could stop the service
 forwarder_headers = ""  # or a client on this host could name another path, in a header SCRIPT_NAME or PATH_INFO
 STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
+UNREAD = 16 * 1024 * 1024  # bytes of a refused body that are read and thrown away
+STEP = 64 * 1024  # bytes of it that are read at once
 SILENCE = 10  # seconds that a client may be silent within a request; gthread sets no limit, and each holds a thread
 
 
@@ -70,3 +75,15 @@ def when_ready(server: Any) -> None:
     """
     for listener in server.LISTENERS:
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENCE, 0))
+
+
+def post_request(worker: Any, request: Any) -> None:
+    """Read the rest of the body, so that a refusal reaches a client that is still sending: docs/contract.md, "Errors".
+
+    Closing a socket with unread bytes resets the connection. The client then fails to send, and may never see the
+    refusal; nginx answers 502. If reading the body has failed before, nothing more will come.
+    """
+    left = 0 if request.body.failed else UNREAD
+    with suppress(OSError, ParseException):
+        while left > 0 and (piece := request.body.read(STEP)):
+            left -= len(piece)

@@ -285,6 +285,23 @@ def test_a_larger_body_is_refused_by_nginx_and_by_the_service(site: Site, queues
 
 
 @pytest.mark.parametrize(
+    ("status", "path", "content_type", "auth"),
+    [
+        pytest.param(401, PATH, "application/json", ("ada", "guess"), id="a wrong password"),
+        pytest.param(404, "/", "application/json", None, id="another path"),
+        pytest.param(400, f"{PATH}?limit=0", "application/json", None, id="a bad query"),
+        pytest.param(415, PATH, "text/plain", None, id="another content type"),
+    ],
+)
+def test_a_refusal_passes_nginx_however_large_the_body_is_that_was_not_read(
+    site: Site, status: int, path: str, content_type: str, auth: Any
+) -> None:
+    for size in range(100_000, 1_000_000, 100_000):
+        answer = site.request("POST", path, data=bytes(size), headers={"Content-Type": content_type}, auth=auth)
+        assert answer.status_code == status, size
+
+
+@pytest.mark.parametrize(
     ("request_", "status"),
     [
         pytest.param("GET /\x01 HTTP/1.1\r\nHost: a\r\n\r\n", 400, id="malformed"),

@@ -3,7 +3,11 @@
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.client import HTTPConnection
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -128,6 +132,56 @@ def test_a_worker_hears_a_signal_to_stop_from_the_moment_that_it_is_forked(start
             assert service.process.poll() is None
         (pid,) = forked
         seen |= forked
+
+
+MIB = 1024 * 1024
+JSON = {"Content-Type": "application/json"}
+
+# Each is refused before its body is read, or before it is read to its end.
+UNREAD: dict[str, tuple[int, str, str, dict[str, str]]] = {
+    "a client that is not trusted": (403, "POST", PATH, JSON | {"X-Forwarded-For": "192.0.2.1"}),
+    "another path": (404, "POST", "/", JSON),
+    "another method": (405, "PUT", PATH, JSON),
+    "a bad query": (400, "POST", f"{PATH}?limit=0", JSON),
+    "another content type": (415, "POST", PATH, {"Content-Type": "text/plain"}),
+    "a content coding": (415, "POST", PATH, JSON | {"Content-Encoding": "gzip"}),
+    "too large": (413, "POST", PATH, JSON),
+}
+
+
+@pytest.mark.parametrize(("status", "method", "path", "headers"), UNREAD.values(), ids=UNREAD)
+@pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "chunked"])
+def test_a_refusal_reaches_a_client_that_sends_first_and_reads_then(
+    idle: Service, queues: QueueRegistry, chunked: bool, status: int, method: str, path: str, headers: dict[str, str]
+) -> None:
+    size = 9 * MIB if status == 413 else 900_000
+    body = repeat(bytes(size // 9), 9) if chunked else bytes(size)
+    with closing(HTTPConnection(*idle.address, timeout=60)) as client:
+        client.connect()
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that it can send what is read, no more
+        client.request(method, path, body, headers)
+        refused = client.getresponse()
+        assert (refused.status, json.load(refused)["status"]) == (status, status)
+        # Not a byte of the body is left to be taken for the next request.
+        client.request("POST", PATH, b'{"reason": "a test", "data": {}}', JSON)
+        assert client.getresponse().status == 200
+
+
+def test_a_client_that_sends_without_end_is_refused_and_cut_off(idle: Service) -> None:
+    with closing(HTTPConnection(*idle.address, timeout=60)) as client:
+        client.request("POST", PATH, b"", JSON | {"Content-Length": str(10**12)})
+        assert client.getresponse().status == 413
+        with pytest.raises(ConnectionError):
+            client.send(repeat(bytes(MIB), 1000))
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "identity", "GZIP, chunked", ""])
+def test_a_body_with_a_content_coding_is_refused_whatever_it_is(
+    idle: Service, queues: QueueRegistry, coding: str
+) -> None:
+    body = json.dumps({"reason": "a test", "data": {}})
+    answer = requests.post(idle.base + PATH, body, headers=JSON | {"Content-Encoding": coding}, timeout=60)
+    assert (answer.status_code, answer.json()["detail"]) == (415, "the body must not have a Content-Encoding")
 
 
 @pytest.mark.parametrize(
