@@ -2,13 +2,23 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from marshmallow import ValidationError
-from werkzeug.exceptions import BadRequest, HTTPException, NotFound, RequestEntityTooLarge, UnsupportedMediaType
+from werkzeug.exceptions import (
+    BadRequest,
+    HTTPException,
+    NotFound,
+    RequestEntityTooLarge,
+    ServiceUnavailable,
+    UnsupportedMediaType,
+)
 
 import access
 import cli
@@ -20,6 +30,7 @@ from store import StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable
 
 MAX_BODY = 1024 * 1024  # bytes
 RETRY_AFTER = 5  # seconds
+MAX_REBINDS = 8  # at a time in each process; each may wait in a thread, so gunicorn.conf.py has more threads
 
 # What the registry raises, and the status that says so. Everything else is a 500 that says nothing of its cause.
 STATUS = {NoHandler: 409, StoreRefused: 422, HandlerFailed: 500, StoreUnusable: 500}
@@ -27,6 +38,7 @@ STATUS |= {StoreUnavailable: 503, StoreConflict: 503}
 
 admin = Blueprint("admin", __name__)
 _request, _query = RebindRequestSchema(), RebindQuerySchema()
+_rebinds = BoundedSemaphore(MAX_REBINDS)
 
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
@@ -69,13 +81,32 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
 def rebind() -> Response:
     """Rebind messages. SPEC.md, "POST /api/admin/rebind/v1"."""
     query = read_query()
-    result = registry.rebind(_request.load(read_json()), actor=actor(), **query)
+    asked = _request.load(read_json())
+    with room_for_a_rebind(dry_run=query.get("dry_run", False)):
+        result = registry.rebind(asked, actor=actor(), **query)
     response = jsonify({})
     response.headers["Rebind-Id"] = result.rebind_id
     response.headers["Rebind-Matched"] = str(result.matched)
     response.headers["Rebind-Moved"] = str(result.moved)
     response.headers["Rebind-Flushed"] = str(result.flushed)
     return response
+
+
+@contextmanager
+def room_for_a_rebind(*, dry_run: bool) -> Iterator[None]:
+    """Hold one of the MAX_REBINDS places. A dry run needs none, because it does not wait for others.
+
+    Raises ServiceUnavailable at once if all places are taken.
+    """
+    if dry_run:
+        yield
+        return
+    if not _rebinds.acquire(blocking=False):
+        raise ServiceUnavailable(f"{MAX_REBINDS} rebinds are running or waiting already")
+    try:
+        yield
+    finally:
+        _rebinds.release()
 
 
 def refuse_doubled_slash() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
 from http.client import HTTPConnection
 from itertools import repeat
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import PATH, Service, logged, start_service, stop_service, stored, until
+from conftest import PATH, Service, logged, look, message, start_service, stop_service, stored, until
 from slow import MESSAGES, POLICY, slow_rebind
 
+from app import MAX_REBINDS
 from queues import QueueRegistry
 
 
@@ -132,6 +134,27 @@ def test_a_worker_hears_a_signal_to_stop_from_the_moment_that_it_is_forked(start
             assert service.process.poll() is None
         (pid,) = forked
         seen |= forked
+
+
+def test_rebinds_that_wait_leave_threads_for_others_and_one_too_many_is_refused_at_once(
+    queues: QueueRegistry, url: str, tmp_path: Path
+) -> None:
+    queues.load([message(meta={"queue": "a"})])
+    service = start_service(tmp_path, url, "--workers", "1")
+    with ThreadPoolExecutor(MAX_REBINDS + 1) as pool:
+        with look(url).connect() as other:
+            other.exec_driver_sql("BEGIN IMMEDIATE")
+            answers = [pool.submit(service.rebind, data={"queue": "b"}) for _ in range(MAX_REBINDS + 1)]
+            done, waiting = wait(answers, return_when=FIRST_COMPLETED)
+            (refused,) = (answer.result() for answer in done)
+            assert refused.json()["detail"] == f"{MAX_REBINDS} rebinds are running or waiting already"
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+            assert requests.get(service.base, timeout=60).status_code == 404
+            assert service.rebind("?dry_run=true", data={"queue": "b"}).status_code == 200
+            other.rollback()
+        assert [answer.result().status_code for answer in waiting] == [200] * MAX_REBINDS
+    assert service.rebind(data={"queue": "c"}).status_code == 200  # their places are free again
+    stop_service(service)
 
 
 MIB = 1024 * 1024

@@ -18,7 +18,7 @@ from queues import registry
 CLIENTS = 8
 WARM_UP, RUN = 2, 8  # seconds
 MESSAGES = 200
-THREADS = 4  # of each worker, as gunicorn.conf.py says
+THREADS = 4  # of each worker: fewer than gunicorn.conf.py says, so that the clients need all of them
 SPARE = 2 * THREADS  # file descriptors: a database connection a thread, some of which the warm-up may not have needed
 GROWTH = 1.25  # of a worker's memory
 
@@ -130,7 +130,7 @@ def loaded_service(queues: object, url: str, tmp_path: Path) -> Iterator[Service
     """A gunicorn with two workers of its own, on a database with messages."""
     registry.load([message(f"ada@{n % 20}.example", id=f"m-{n}") for n in range(MESSAGES)])
     policy = str(Path(__file__).parent / "site_policy.py")
-    service = start_service(tmp_path, url, REBIND_POLICY=policy)
+    service = start_service(tmp_path, url, "--threads", str(THREADS), REBIND_POLICY=policy)
     yield service
     stop_service(service)
 
