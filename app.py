@@ -3,18 +3,29 @@
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 import click
-from flask import Blueprint, Flask, Response, current_app, jsonify, request
+from flask import Blueprint, Flask, Response, current_app, g, jsonify, request
+from flask.logging import default_handler
 from marshmallow import ValidationError
-from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
+from werkzeug.exceptions import (
+    BadRequest,
+    HTTPException,
+    RequestEntityTooLarge,
+    ServiceUnavailable,
+    UnsupportedMediaType,
+)
 
 import access
 import cli
 import event
+import queues
 from access import actor
 from event import HandlerFailed, NoHandler
 from history import KeyReused, NothingToUndo, RebindResult, UnknownRebind, printable
@@ -32,12 +43,14 @@ SETTINGS = {
     "HTPASSWD": None,
     "PROXIES": 0,
 }
+MAX_REBINDS = 8  # at a time in each process; each may wait in a thread, so gunicorn.conf.py has more threads
 
 # What the registry raises, and the status for it. Everything else is a 500 that does not tell its cause.
 STATUS = {UnknownRebind: 404, NoHandler: 409, NothingToUndo: 409, KeyReused: 422, StoreRefused: 422}
 STATUS |= {HandlerFailed: 500, StoreDamaged: 500, StoreUnusable: 503, StoreUnavailable: 503, StoreConflict: 503}
 
 admin = Blueprint("admin", __name__)
+_rebinds = BoundedSemaphore(MAX_REBINDS)
 
 
 class SettingError(Exception):
@@ -88,7 +101,12 @@ def serves() -> bool:
 
 
 def start(app: Flask) -> None:
-    """Create the store if there is none, and check it once. Raises StoreUnusable."""
+    """Let the registry write to the diagnostic log, create the store if there is none, and check it once.
+
+    Raises StoreUnusable.
+    """
+    queues.logger.setLevel(logging.INFO)
+    queues.logger.addHandler(default_handler)
     if app.config["DATABASE_URL"] == f"sqlite:///{Path(app.instance_path, 'queues.db')}":
         Path(app.instance_path).mkdir(mode=0o700, exist_ok=True)
     try:
@@ -103,7 +121,9 @@ def rebind() -> Response:
     """Rebind messages. docs/contract.md, "The request" and "Beyond the page"."""
     query = rebind_query(dict(request.args.lists()))
     key = None if query["dry_run"] else idempotency_key(request.headers.get("Idempotency-Key"))
-    return answer(registry.rebind(rebind_request(read_json(), query, key, actor())))
+    asked = rebind_request(read_json(), query, key, actor())
+    with room_for_a_rebind(asked.dry_run):
+        return answer(registry.rebind(asked))
 
 
 def answer(result: RebindResult) -> Response:
@@ -119,10 +139,29 @@ def answer(result: RebindResult) -> Response:
     return response
 
 
+@contextmanager
+def room_for_a_rebind(dry_run: bool) -> Iterator[None]:
+    """Hold one of the MAX_REBINDS places. A dry run needs none, because it does not wait for others.
+
+    Raises ServiceUnavailable at once if all places are taken.
+    """
+    if dry_run:
+        yield
+        return
+    if not _rebinds.acquire(blocking=False):
+        raise ServiceUnavailable(f"{MAX_REBINDS} rebinds are running or waiting already")
+    try:
+        yield
+    finally:
+        _rebinds.release()
+
+
 def read_json() -> Any:
     """The body, as JSON. Raises BadRequest, RequestEntityTooLarge and UnsupportedMediaType."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("the content type must be application/json")
+    if "Content-Encoding" in request.headers:
+        raise UnsupportedMediaType("the body must not have a Content-Encoding")
     # werkzeug silently truncates a chunked body at this limit, so allow one byte more.
     request.max_content_length = MAX_BODY + 1
     try:
@@ -141,8 +180,14 @@ def read_json() -> Any:
         raise BadRequest(f"the body is not JSON that can be read: {error}") from error
 
 
-def problem(status: int, detail: str, errors: Any = None) -> Response:
-    """A problem document; `errors` are by field, as marshmallow gives them."""
+def problem(status: int, detail: str, errors: Any = None, reason: str = "") -> Response:
+    """A problem document, and a line about it in the diagnostic log.
+
+    errors: by field, as marshmallow gives them.
+    reason: for the log, if it is more than `detail`.
+    """
+    asked = f"{g.get('actor', 'unknown')} {request.method} {request.full_path.rstrip('?')}"
+    current_app.logger.info("%s", printable(f"{asked} {status} {reason or detail}"))
     document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     if errors:
         document["errors"] = errors
@@ -170,7 +215,7 @@ def fields_problem(error: ValidationError) -> Response:
 
 
 def registry_problem(error: Exception) -> Response:
-    """What the registry raises. A failed handler comes with its traceback."""
-    in_full = error.in_full if isinstance(error, StoreError) else str(error)
-    current_app.logger.error("%s", printable(in_full), exc_info=error if isinstance(error, HandlerFailed) else None)
-    return problem(STATUS[type(error)], str(error))
+    """What the registry raises. A failed handler leaves its traceback in the diagnostic log."""
+    if isinstance(error, HandlerFailed):
+        current_app.logger.error("%s", printable(str(error)), exc_info=error.__cause__)
+    return problem(STATUS[type(error)], str(error), reason=error.in_full if isinstance(error, StoreError) else "")

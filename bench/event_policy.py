@@ -3,7 +3,6 @@
 from typing import Any
 
 from message import Message
-
 from queues import rebind
 
 

@@ -28,9 +28,8 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from message import NewMessage  # noqa: E402
-
 import store as tables  # noqa: E402
+from message import NewMessage  # noqa: E402
 from queues import registry  # noqa: E402
 
 BLOCK, PAGE = 1 << 20, 4096  # bytes that are compared, and that are written, at once

@@ -1,16 +1,22 @@
-"""Tests of gunicorn.conf.py: what becomes of a long rebind, and of requests that are too large, in a real gunicorn."""
+"""Tests of gunicorn.conf.py in a real gunicorn: what becomes of long rebinds, of stops, and of refused requests."""
 
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import closing
+from http.client import HTTPConnection
+from itertools import repeat
 from pathlib import Path
 
 import pytest
 import requests
-from conftest import PATH, Service, logged, start_service, stop_service, stored, until
+from conftest import PATH, Service, logged, look, message, start_service, stop_service, stored, until
 from slow import MESSAGES, POLICY, slow_rebind
 
+from app import MAX_REBINDS
 from queues import QueueRegistry
 
 
@@ -25,19 +31,13 @@ Start = Callable[..., Service]
 
 @pytest.fixture
 def start(url: str, tmp_path: Path) -> Iterator[Start]:
-    """Start a gunicorn with these arguments, each of whose workers serves; it is stopped after the test."""
+    """Start a gunicorn with these arguments, and both of its workers; it is stopped after the test."""
     started = []
 
     def service(*arguments: str) -> Service:
-        service = start_service(tmp_path, url, "--access-logformat", "%(p)s", *arguments, REBIND_POLICY=POLICY)
+        service = start_service(tmp_path, url, *arguments, REBIND_POLICY=POLICY)
         started.append(service)
-
-        def all_serve() -> bool:
-            requests.get(service.base, timeout=60)
-            pids = workers(service)
-            return len(pids) == 2 and all(f"<{pid}>" in service.output.read_text() for pid in pids)
-
-        until(all_serve)
+        until(lambda: len(workers(service)) == 2)
         return service
 
     yield service
@@ -120,6 +120,91 @@ def test_the_rebind_of_a_worker_that_is_killed_is_rolled_back_and_another_worker
         until(lambda: len(workers(service) - before) == 1)
     assert service.rebind(data={"queue": "b"}).headers["Rebind-Moved"] == str(MESSAGES)
     assert ledger(url) == DONE
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT], ids=lambda stop: stop.name)
+def test_a_worker_hears_a_signal_to_stop_from_the_moment_that_it_is_forked(start: Start, stop: signal.Signals) -> None:
+    service = start()
+    seen = workers(service)
+    pid = min(seen)
+    for _ in range(10):
+        os.kill(pid, stop)
+        until(lambda ended=pid: ended not in workers(service))  # type: ignore[misc]
+        while not (forked := workers(service) - seen):  # without a pause: it has its handlers in a few milliseconds
+            assert service.process.poll() is None
+        (pid,) = forked
+        seen |= forked
+
+
+def test_rebinds_that_wait_leave_threads_for_others_and_one_too_many_is_refused_at_once(
+    queues: QueueRegistry, url: str, tmp_path: Path
+) -> None:
+    queues.load([message(meta={"queue": "a"})])
+    service = start_service(tmp_path, url, "--workers", "1")
+    with ThreadPoolExecutor(MAX_REBINDS + 1) as pool:
+        with look(url).connect() as other:
+            other.exec_driver_sql("BEGIN IMMEDIATE")
+            answers = [pool.submit(service.rebind, data={"queue": "b"}) for _ in range(MAX_REBINDS + 1)]
+            done, waiting = wait(answers, return_when=FIRST_COMPLETED)
+            (refused,) = (answer.result() for answer in done)
+            assert refused.json()["detail"] == f"{MAX_REBINDS} rebinds are running or waiting already"
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+            assert requests.get(service.base, timeout=60).status_code == 404
+            assert service.rebind("?dry_run=true", data={"queue": "b"}).status_code == 200
+            other.rollback()
+        assert [answer.result().status_code for answer in waiting] == [200] * MAX_REBINDS
+    assert service.rebind(data={"queue": "c"}).status_code == 200  # their places are free again
+    stop_service(service)
+
+
+MIB = 1024 * 1024
+JSON = {"Content-Type": "application/json"}
+
+# Each is refused before its body is read, or before it is read to its end.
+UNREAD: dict[str, tuple[int, str, str, dict[str, str]]] = {
+    "a client that is not trusted": (403, "POST", PATH, JSON | {"X-Forwarded-For": "192.0.2.1"}),
+    "another path": (404, "POST", "/", JSON),
+    "another method": (405, "PUT", PATH, JSON),
+    "a bad query": (400, "POST", f"{PATH}?limit=0", JSON),
+    "another content type": (415, "POST", PATH, {"Content-Type": "text/plain"}),
+    "a content coding": (415, "POST", PATH, JSON | {"Content-Encoding": "gzip"}),
+    "too large": (413, "POST", PATH, JSON),
+}
+
+
+@pytest.mark.parametrize(("status", "method", "path", "headers"), UNREAD.values(), ids=UNREAD)
+@pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "chunked"])
+def test_a_refusal_reaches_a_client_that_sends_first_and_reads_then(
+    idle: Service, queues: QueueRegistry, chunked: bool, status: int, method: str, path: str, headers: dict[str, str]
+) -> None:
+    size = 9 * MIB if status == 413 else 900_000
+    body = repeat(bytes(size // 9), 9) if chunked else bytes(size)
+    with closing(HTTPConnection(*idle.address, timeout=60)) as client:
+        client.connect()
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that it can send what is read, no more
+        client.request(method, path, body, headers)
+        refused = client.getresponse()
+        assert (refused.status, json.load(refused)["status"]) == (status, status)
+        # Not a byte of the body is left to be taken for the next request.
+        client.request("POST", PATH, b'{"reason": "a test", "data": {}}', JSON)
+        assert client.getresponse().status == 200
+
+
+def test_a_client_that_sends_without_end_is_refused_and_cut_off(idle: Service) -> None:
+    with closing(HTTPConnection(*idle.address, timeout=60)) as client:
+        client.request("POST", PATH, b"", JSON | {"Content-Length": str(10**12)})
+        assert client.getresponse().status == 413
+        with pytest.raises(ConnectionError):
+            client.send(repeat(bytes(MIB), 1000))
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "identity", "GZIP, chunked", ""])
+def test_a_body_with_a_content_coding_is_refused_whatever_it_is(
+    idle: Service, queues: QueueRegistry, coding: str
+) -> None:
+    body = json.dumps({"reason": "a test", "data": {}})
+    answer = requests.post(idle.base + PATH, body, headers=JSON | {"Content-Encoding": coding}, timeout=60)
+    assert (answer.status_code, answer.json()["detail"]) == (415, "the body must not have a Content-Encoding")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from queues import QueueRegistry
 CLIENTS = 8
 WARM_UP, RUN = 2, 8  # seconds
 MESSAGES = 200
-THREADS = 4  # of each worker, as gunicorn.conf.py says
+THREADS = 4  # of each worker: fewer than gunicorn.conf.py says, so that the clients need all of them
 SPARE = 2 * THREADS  # file descriptors: a database connection a thread, some of which the warm-up may not have needed
 GROWTH = 1.25  # of a worker's memory
 
@@ -129,7 +129,7 @@ def test_under_load_every_answer_is_right_and_nothing_leaks(
     queues: QueueRegistry, start: Start, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     queues.load([message(f"ada@{n % 20}.example", id=f"m-{n}") for n in range(MESSAGES)])
-    service = start(REBIND_POLICY=SITE_POLICY)
+    service = start("--threads", str(THREADS), REBIND_POLICY=SITE_POLICY)
     load(service, WARM_UP)
     while any(level(worker).threads <= THREADS for worker in workers(service)):
         load(service, 0.2)
