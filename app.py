@@ -67,6 +67,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     read_environment(app)
     app.config.from_mapping(config or {})
     app.url_map.merge_slashes = False  # a path with a double slash is another path, not a redirect
+    app.json.sort_keys = False  # type: ignore[attr-defined]
     app.logger.setLevel(logging.INFO)
 
     if app.config["DATABASE_URL"] is None:

@@ -49,6 +49,7 @@ def load(files: tuple[BinaryIO, ...]) -> None:
         itertools.count(), length, label, file=sys.stderr, hidden=hidden, update_min_steps=DRAW
     ) as bar:
         new = (message for file in files for message in read_messages(file, bar.update))
+        answered(registry.prepare)
         loaded, discarded = answered(lambda: registry.load(new))
     click.echo(f"{loaded} messages loaded, {discarded} discarded")
 
