@@ -1,12 +1,17 @@
-"""The command line: flask load · queues · log."""
+"""The command line: flask load · queues · messages · rebind · log · history · prune."""
 
+import functools
+import getpass
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, TypeVar
 
 import click
@@ -14,24 +19,39 @@ from flask import Flask
 from marshmallow import ValidationError
 from marshmallow.exceptions import SCHEMA
 
-from history import printable
+from history import LogFilter, printable
 from message import NewMessage
-from names import QueueName
-from queues import DuplicateMessage, registry
-from schemas import NotJSON, inspected_messages, parse_json
+from names import Criteria, QueueName
+from queues import DuplicateMessage, QueueSummary, registry
+from schemas import NotJSON, inspected_messages, parse_json, rebind_query, rebind_request
 from store import StoreError
 
 Answer = TypeVar("Answer")
 
+
+class Time(click.ParamType[float]):
+    """A time as RFC 3339 or as a date, in UTC unless it says otherwise; in seconds since 1970."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        try:
+            given = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a time such as 2026-11-25 or 2026-11-25T03:00:00Z", param, context)
+        return given.replace(tzinfo=given.tzinfo or UTC).timestamp()
+
+
 POLL = 0.5  # seconds between two looks for new records
 DRAW = 2**16  # bytes between two drawings of the progress bar
 MAX_KEY = 2**63 - 1  # what both engines can count to
+MIN_WIDTH = 12  # to which a column is cut at most
 MAX_REASONS = 5  # that an error names, of all that is wrong in one answer
 
 
 def init_app(app: Flask) -> None:
     """Give the application its commands."""
-    for command in (load, queues, log):
+    for command in (load, queues, messages, rebind, log, history, prune):
         app.cli.add_command(command)
 
 
@@ -54,20 +74,106 @@ def load(files: tuple[BinaryIO, ...]) -> None:
     click.echo(f"{loaded} messages loaded, {discarded} discarded")
 
 
+def criteria_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the four criteria, as one argument `criteria`."""
+
+    @functools.wraps(command)
+    def with_criteria(
+        campaign: str | None, tenant: str | None, domain: str | None, routing_domain: str | None, **rest: Any
+    ) -> None:
+        command(criteria=Criteria(campaign, tenant, domain, routing_domain), **rest)
+
+    for name in ("routing-domain", "domain", "tenant", "campaign"):
+        with_criteria = click.option(f"--{name}", metavar="NAME", help=f"Only queues of this {name}.")(with_criteria)
+    return with_criteria
+
+
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def queues(as_json: bool) -> None:
-    """List the scheduled queues."""
-    rows = [{**asdict(QueueName.parse(summary.queue)), **asdict(summary)} for summary in answered(registry.queues)]
-    columns = ("queue", "campaign", "tenant", "domain", "routing_domain", "messages", "due")
+@criteria_options
+@click.option("--everything", is_flag=True, help="Confirm that all queues are meant, if there is no criterion.")
+@click.option("--reason", metavar="TEXT", required=True, help="Logged with every message.")
+@click.option("--data", metavar="JSON", help="The metadata to set, as a JSON object of strings.")
+@click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="Set this metadata. Repeatable.")
+@click.option("--unset", metavar="KEY", multiple=True, help="Remove this metadata. Repeatable.")
+@click.option("--always-flush", is_flag=True, help="Make all due now, not only those that move.")
+@click.option("--suppress-logging", is_flag=True, help="Write no AdminRebind records.")
+@click.option("--trigger-rebind-event", is_flag=True, help="Let the policy's handlers decide.")
+@click.option("--limit", metavar="N", help="Handle at most N messages, those due soonest.")
+@click.option("--undo", metavar="REBIND_ID", help="Take back what this rebind did.")
+@click.option("--idempotency-key", metavar="KEY", help="Do it once, however often it is asked with this key.")
+@click.option("--dry-run", is_flag=True, help="Only show from which queue to which queue messages would go.")
+def rebind(
+    criteria: Criteria,
+    everything: bool,
+    data: str | None,
+    sets: tuple[str, ...],
+    idempotency_key: str | None,
+    dry_run: bool,
+    limit: str | None,
+    undo: str | None,
+    unset: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Move messages into other queues, as POST /api/admin/rebind/v1 does."""
+    if criteria.match_all and not everything and undo is None:
+        raise click.UsageError("give a criterion, or --everything for all queues")
+    if not all("=" in each for each in sets):
+        raise click.UsageError("--set needs KEY=VALUE")
+    query = {"dry_run": [str(dry_run).lower()], "unset": list(unset)}
+    query |= {name: [given] for name, given in (("limit", limit), ("undo", undo)) if given is not None}
+    try:
+        values = (parse_json((data or "{}").encode()) or {}) | dict(each.split("=", 1) for each in sets)
+        body = flags | asdict(criteria) | {"data": values}
+        request = rebind_request(body, rebind_query(query), idempotency_key, getpass.getuser())
+    except (NotJSON, TypeError) as error:
+        raise click.UsageError(f"--data is not a JSON object: {error}") from error
+    except ValidationError as error:
+        raise click.UsageError("; ".join(by_field(error.messages))) from error
+    with progress_bar("rebinding", None) as bar:
+        result = answered(lambda: registry.rebind(request, lambda: bar.update(1)))
+    if result.plan is not None:
+        rows = [(move.source, move.to, move.messages) for move in result.plan.moves]
+        print_table(("from", "to", "messages"), rows)
+        if result.plan.more:
+            click.echo(f"and {result.plan.more} more pairs of queues")
+    click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
+
+
+@click.command()
+@criteria_options
+@click.option("--sort", type=click.Choice(["name", "messages", "due", "oldest"]), default="name", show_default=True)
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="Show only the first N queues.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def queues(criteria: Criteria, sort: str, limit: int | None, as_json: bool) -> None:
+    """List the scheduled queues: how many messages are waiting, how many are due, and how old they are."""
+    found = answered(lambda: registry.queues(criteria))
+    orders: dict[str, Callable[[QueueSummary], Any]] = {
+        "messages": lambda one: -one.messages,
+        "due": lambda one: -one.due,
+        "oldest": lambda one: one.oldest,
+    }
+    shown = sorted(found, key=orders[sort]) if sort in orders else found
     if as_json:
-        for row in rows:
-            click.echo(json.dumps({column: row[column] for column in columns}))
-    else:
-        table = [columns, *(tuple("-" if row[c] is None else printable(str(row[c])) for c in columns) for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for line in table:
-            click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        for one in shown[:limit]:
+            click.echo(json.dumps({"queue": one.queue, **asdict(QueueName.parse(one.queue)), **asdict(one)}))
+        return
+    now = time.time()
+    rows = [(one.queue, one.messages, one.due, age(now - one.oldest), one.attempts) for one in shown[:limit]]
+    print_table(("queue", "messages", "due", "oldest", "attempts"), rows)
+    total = f"{sum(one.messages for one in found)} messages, {sum(one.due for one in found)} due"
+    click.echo(f"{len(found)} queues, {total}" + (f"; {len(rows)} shown" if len(rows) < len(found) else ""))
+
+
+@click.command()
+@criteria_options
+@click.option("--id", metavar="ID", help="Only the message with this id.")
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="At most N messages, those due soonest.")
+@click.option("--content", is_flag=True, help="With the content, so that `flask load` can read the messages.")
+def messages(criteria: Criteria, id: str | None, limit: int | None, content: bool) -> None:
+    """Print messages as JSON, one per line, as `flask load` reads them."""
+    stream = registry.messages(criteria, id, limit)
+    while (row := answered(lambda: next(stream, None))) is not None:
+        click.echo(json.dumps(shown_message(row, content)))
 
 
 @click.command()
@@ -75,14 +181,85 @@ def queues(as_json: bool) -> None:
 @click.option(
     "--after", metavar="KEY", type=click.IntRange(0, MAX_KEY), default=0, help="Start after the record with this key."
 )
-def log(follow: bool, after: int) -> None:
+@click.option("--type", metavar="TYPE", help="Only records of this type: AdminRebind, Delivery, Bounce, …")
+@click.option("--id", metavar="ID", help="Only records of the message with this id.")
+@click.option("--rebind-id", metavar="ID", help="Only what this rebind wrote; found without reading the whole log.")
+@click.option("--since", metavar="TIME", type=Time(), help="Only records from this time on (RFC 3339; UTC).")
+@click.option("--until", metavar="TIME", type=Time(), help="Only records before this time.")
+def log(follow: bool, after: int, **wanted: Any) -> None:
     """Print the delivery log, one JSON object per line, oldest first."""
     if follow:
         # Ctrl-C is its usual end: no KeyboardInterrupt, which a driver may turn into an error of its own.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    records = registry.records(after, POLL if follow else None)
+    records = registry.records(after, POLL if follow else None, LogFilter(**wanted))
     while record := answered(lambda: next(records, None)):
         click.echo(json.dumps(record))
+
+
+@click.command()
+@click.option("--since", metavar="TIME", type=Time(), help="Only rebinds from this time on (RFC 3339; UTC).")
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="At most N rebinds.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with all that was asked.")
+def history(since: float | None, limit: int | None, as_json: bool) -> None:
+    """List the rebinds that were done, newest first."""
+    rebinds = answered(lambda: registry.rebinds_done(since, limit))
+    if as_json:
+        for one in rebinds:
+            click.echo(json.dumps(one))
+        return
+    columns = ("time", "rebind_id", "actor", "matched", "moved", "reason")
+    print_table(("when", *columns[1:]), [tuple(one[column] for column in columns) for one in rebinds])
+
+
+@click.command()
+@click.option("--before", metavar="TIME", type=Time(), required=True, help="What is older goes (RFC 3339; UTC).")
+@click.option("--dry-run", is_flag=True, help="Only say how much would be removed.")
+def prune(before: float, dry_run: bool) -> None:
+    """Remove old records of the log and old rebinds of the history, a few at a time, so that nobody waits."""
+    pruned = answered(lambda: registry.prune(before, dry_run))
+    done = "would be removed" if dry_run else "removed"
+    click.echo(f"{pruned.records} records and {pruned.rebinds} rebinds {done}")
+
+
+def shown_message(row: Any, content: bool) -> dict[str, Any]:
+    """A row of `messages` in the shape of KumoMTA's inspect-message, with what that does not tell."""
+    due = datetime.fromtimestamp(row.due, UTC).isoformat()
+    message = {"sender": row.sender, "recipient": row.recipient, "meta": row.meta}
+    return {"id": row.id, "message": message | {"due": due, "num_attempts": row.num_attempts}}
+
+
+def progress_bar(label: str, length: int | None) -> Any:
+    """A bar on a terminal, and nothing elsewhere. Without a length it only counts."""
+    hidden = not sys.stderr.isatty()
+    return click.progressbar(itertools.count(), length, label, file=sys.stderr, hidden=hidden, update_min_steps=1000)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table: numbers to the right; on a terminal, the widest text column is cut to its width."""
+    table = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(widths) + 2 * len(widths)
+    while (excess := sum(widths) + 2 * (len(widths) - 1) - room) > 0 and max(widths) > MIN_WIDTH:
+        widest = widths.index(max(widths))
+        widths[widest] = max(MIN_WIDTH, widths[widest] - excess)
+    numbers = [all(isinstance(row[n], int) for row in rows) for n in range(len(columns))]
+    for line in table:
+        cells = [
+            cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell, width in zip(line, widths, strict=True)
+        ]
+        aligned = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(cells, widths, numbers, strict=True)
+        ]
+        click.echo("  ".join(aligned).rstrip())
+
+
+def age(seconds: float) -> str:
+    """A length of time in its largest unit."""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
 
 
 def read_messages(file: BinaryIO, progress: Callable[[int], None]) -> Iterator[NewMessage]:

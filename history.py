@@ -4,6 +4,7 @@ docs/contract.md, "Records" and "History". A record keeps what its message was b
 became follows from that and what the rebind changed, and is computed when the record is read.
 """
 
+import os
 import platform
 import re
 import time
@@ -11,9 +12,22 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Text, cast, func, insert, select, type_coerce
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    RowMapping,
+    Text,
+    and_,
+    cast,
+    delete,
+    func,
+    insert,
+    select,
+    true,
+    type_coerce,
+)
 
 from message import Changes, Message, changed_meta, from_json, recipient_of, to_json
 from moving import BATCH, Plan, Row, Selection, in_place, of_rebind
@@ -23,6 +37,7 @@ from store import LAST_SECOND, Database, log, messages, rebinds
 # One per host, and the same as long as the host keeps its name.
 NODEID = str(uuid.uuid5(uuid.NAMESPACE_DNS, platform.node()))
 
+PRUNED_AT_ONCE = 5000  # keys of the log per transaction
 MAX_SHOWN = 200  # characters of a value in the diagnostic log
 MAX_ATTEMPTS = 65535  # that a reader of KumoMTA's records takes
 
@@ -121,6 +136,13 @@ def printable(text: str) -> str:
 # The history
 
 
+def new_id() -> str:
+    """A UUID of version 7 (RFC 9562): ids are in the order of time, and an id tells when its rebind was."""
+    stamp, noise = int(time.time() * 1000), int.from_bytes(os.urandom(10), "big")
+    bits = stamp << 80 | noise
+    return str(uuid.UUID(int=bits & ~(0xF << 76) & ~(0b11 << 62) | 7 << 76 | 0b10 << 62))
+
+
 def answered(db: Connection, request: RebindRequest) -> RebindResult | None:
     """The answer that the same request with the same Idempotency-Key got, if there was one. Raises KeyReused."""
     if request.idempotency_key is None:
@@ -159,6 +181,25 @@ def keep(db: Connection, request: RebindRequest, result: RebindResult, now: floa
     )
 
 
+def rebinds_done(database: Database, since: float | None, limit: int | None) -> list[dict[str, Any]]:
+    """The history, newest first: what was asked, by whom, when, and what came of it. docs/contract.md, "History".
+
+    since: in seconds since 1970; None is from the beginning.
+    Raises StoreUnavailable.
+    """
+    newest = select(rebinds).order_by(rebinds.c.event_time.desc(), rebinds.c.rebind_id.desc()).limit(limit)
+    with database.autocommit() as db:
+        rows = db.execute(newest if since is None else newest.where(rebinds.c.event_time >= since)).mappings().all()
+    counts = ("matched", "moved", "flushed")
+    return [
+        {"time": _rfc3339(row["event_time"]), "rebind_id": row["rebind_id"], "actor": row["actor"]}
+        | {"reason": row["reason"], "idempotency_key": row["idempotency_key"]}
+        | {name: row[name] for name in counts}
+        | {"left": row["left_alone"], "request": row["request"]}
+        for row in rows
+    ]
+
+
 # Undo
 
 
@@ -176,6 +217,8 @@ class Undo:
 def undoable(db: Connection, rebind_id: str) -> Undo:
     """Look up a rebind in the history. Raises UnknownRebind and NothingToUndo."""
     first = db.execute(select(rebinds).where(rebinds.c.rebind_id == rebind_id)).one_or_none()
+    if first is None and _is_pruned(db, rebind_id):
+        raise NothingToUndo(f"the rebind {rebind_id} has been pruned")
     if first is None:
         raise UnknownRebind(f"the history has no rebind {rebind_id}")
     ends = (rebind_id, first.first_key, first.last_key)
@@ -185,6 +228,16 @@ def undoable(db: Connection, rebind_id: str) -> Undo:
     if not records:
         raise NothingToUndo(f"the rebind {rebind_id} wrote no records, or they have been pruned")
     return Undo(Selection(in_place(*ends), of_records=True), records - there, _shared(first.request))
+
+
+def _is_pruned(db: Connection, rebind_id: str) -> bool:
+    """Whether the id is older than all that the history still has."""
+    try:
+        made = uuid.UUID(rebind_id)
+    except ValueError:
+        return False
+    oldest = db.scalar(select(func.min(rebinds.c.event_time)))
+    return made.version == 7 and (made.int >> 80) / 1000 < (time.time() if oldest is None else oldest)
 
 
 def restore(message: Message, record: Row, shared: Changes) -> None:
@@ -223,16 +276,55 @@ _COLUMNS += [cast(log.c[name], Text).label(name) for name in ("changes", "detail
 _COLUMNS += [column for column in log.c if column.name not in ("recipient", "meta", "changes", "details")]
 
 
-def records(database: Database, after: int = 0, poll: float | None = None) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class LogFilter:
+    """Which records of the log to read; None is any."""
+
+    type: str | None = None
+    id: str | None = None
+    """The message's."""
+    rebind_id: str | None = None
+    since: float | None = None
+    """In seconds since 1970, inclusive."""
+    until: float | None = None
+    """In seconds since 1970, exclusive."""
+
+    def condition(self, db: Connection) -> ColumnElement[bool]:
+        """Whether a record is one of them. Raises UnknownRebind."""
+        time_of = func.coalesce(log.c.event_time, _time_of_rebind)
+        found: list[ColumnElement[bool]] = [true()]
+        found += [] if self.type is None else [log.c.type == self.type]
+        found += [] if self.id is None else [log.c.id == self.id]
+        found += [] if self.rebind_id is None else [of_rebind(*_ends(db, self.rebind_id))]
+        found += [] if self.since is None else [time_of >= self.since]
+        found += [] if self.until is None else [time_of < self.until]
+        return and_(*found)
+
+
+_time_of_rebind = select(rebinds.c.event_time).where(rebinds.c.rebind_id == log.c.rebind_id).scalar_subquery()
+EVERY_RECORD = LogFilter()
+
+
+def _ends(db: Connection, rebind_id: str) -> tuple[str, int, int]:
+    """A rebind's id, and between which keys of the log its records lie. Raises UnknownRebind."""
+    ends = select(rebinds.c.rebind_id, rebinds.c.first_key, rebinds.c.last_key).where(rebinds.c.rebind_id == rebind_id)
+    if (found := db.execute(ends).one_or_none()) is None:
+        raise UnknownRebind(f"the history has no rebind {rebind_id}")
+    return found._tuple()
+
+
+def records(
+    database: Database, after: int = 0, poll: float | None = None, wanted: LogFilter = EVERY_RECORD
+) -> Iterator[dict[str, Any]]:
     """The delivery log's records with keys greater than `after`, oldest first. docs/contract.md, "Records".
 
     poll: do not end, but look for new ones every so many seconds; each comes once, whatever order transactions
         commit in.
-    Raises StoreUnavailable.
+    Raises UnknownRebind and StoreUnavailable.
     """
     while True:
         with database.autocommit() as db:
-            rows = _page(database, db, after, follow=poll is not None)
+            rows = _page(database, db, after, wanted, follow=poll is not None)
             ids = {row["rebind_id"] for row in rows}
             of_rebinds = db.execute(select(rebinds).where(rebinds.c.rebind_id.in_(ids))).mappings()
             known = {row["rebind_id"]: row for row in of_rebinds}
@@ -246,9 +338,9 @@ def records(database: Database, after: int = 0, poll: float | None = None) -> It
             time.sleep(poll)
 
 
-def _page(database: Database, db: Connection, after: int, follow: bool) -> list[RowMapping]:
+def _page(database: Database, db: Connection, after: int, wanted: LogFilter, follow: bool) -> list[RowMapping]:
     """The next records. With `follow`, none with a smaller key can come later than these."""
-    page = select(*_COLUMNS).where(log.c.key > after).order_by(log.c.key).limit(BATCH)
+    page = select(*_COLUMNS).where(log.c.key > after, wanted.condition(db)).order_by(log.c.key).limit(BATCH)
     rows = list(db.execute(page).mappings())
     if not (follow and rows):
         return rows
@@ -337,3 +429,36 @@ def _rfc3339(seconds: float) -> str:
     # A sender's error must not break the log; RFC 3339 ends with the year 9999.
     seconds = min(max(seconds, 0), LAST_SECOND)
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+# Pruning
+
+
+class Pruned(NamedTuple):
+    """How much was removed."""
+
+    records: int
+    rebinds: int
+
+
+def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
+    """Remove the records and the history of before this time, in seconds since 1970.
+
+    It takes many short transactions, so that nobody waits. Undo and `--after` go on to work for what is left.
+    dry_run: only count.
+    Raises StoreUnavailable.
+    """
+    old = func.coalesce(log.c.event_time, _time_of_rebind) < before
+    old_rebinds = rebinds.c.event_time < before
+    with database.autocommit() as db:
+        if dry_run:
+            return Pruned(*(db.scalar(select(func.count()).where(where)) or 0 for where in (old, old_rebinds)))
+        first, last = db.execute(select(func.min(log.c.key), func.max(log.c.key))).one()
+    removed = 0
+    for key in range(first or 0, (last or 0) + 1, PRUNED_AT_ONCE):
+        keys = log.c.key.between(key, key + PRUNED_AT_ONCE - 1)
+        with database.begin_write() as db:
+            removed += db.execute(delete(log).where(keys, old)).rowcount
+    # The history goes last: until then its rows tell the time of records.
+    with database.begin_write() as db:
+        return Pruned(removed, db.execute(delete(rebinds).where(old_rebinds)).rowcount)

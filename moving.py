@@ -27,6 +27,7 @@ from sqlalchemy import (
 from store import MAX_NAME, TOO_LONG, StoreRefused, log, messages
 
 BATCH = 500  # messages or records that are in memory at once
+READ_AHEAD = 50  # messages that SQLite reads at once: each may have a megabyte of metadata
 MAX_BATCH = 2**22  # characters of their metadata
 MAX_MOVES = 100  # entries of a plan
 

@@ -7,7 +7,6 @@ keeps nothing in memory: every process and host that is bound to the same databa
 import copy
 import logging
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -38,8 +37,8 @@ from message import (
     recipient_text,
     to_json,
 )
-from moving import BATCH, MAX_MOVES, Move, NewState, Plan, Row, Selection, Update, plan
-from names import DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
+from moving import BATCH, MAX_MOVES, READ_AHEAD, Move, NewState, Plan, Row, Selection, Update, plan
+from names import ALL_QUEUES, DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
 from store import MAX_NAME, TOO_LONG, Database, StoreConflict, StoreRefused, StoreUnusable, contents, messages
 
 ENGINES = {"sqlite": sqlite, "postgresql": postgresql}
@@ -56,6 +55,10 @@ class QueueSummary:
     messages: int
     due: int
     """How many of its messages are due now."""
+    oldest: float
+    """When the oldest of its messages was received, in seconds since 1970."""
+    attempts: int
+    """The most attempts that one of its messages has had."""
 
 
 class DuplicateMessage(Exception):
@@ -78,8 +81,10 @@ class QueueRegistry:
         """Create the store if there is none, and check it. Raises StoreUnavailable and StoreUnusable."""
         self.database.prepare(create=True)
 
-    def rebind(self, request: RebindRequest) -> RebindResult:
+    def rebind(self, request: RebindRequest, progress: Callable[[], None] = lambda: None) -> RebindResult:
         """Handle each matched message exactly once, all or none of them, durably.
+
+        progress: is called for each message that the event or an undo streams.
 
         docs/contract.md, "What one request does" and "Beyond the page".
 
@@ -90,11 +95,11 @@ class QueueRegistry:
             event.connected()
         if request.dry_run:
             with self.database.begin_read() as db:
-                return self._rehearse(db, request)
-        rebind_id, start = str(uuid.uuid4()), time.monotonic()
+                return self._rehearse(db, request, progress)
+        rebind_id, start = history.new_id(), time.monotonic()
         logger.info("rebind %s begins: %s", rebind_id, history.in_a_line(request))
         try:
-            result = self._attempt(request, rebind_id)
+            result = self._attempt(request, rebind_id, progress)
         except BaseException as error:
             logger.info("rebind %s failed after %.3f s: %s", rebind_id, time.monotonic() - start, type(error).__name__)
             raise
@@ -103,13 +108,13 @@ class QueueRegistry:
         logger.info("rebind %s ends after %.3f s: %s%s", rebind_id, seconds, result.in_a_line(), repeated)
         return result
 
-    def _attempt(self, request: RebindRequest, rebind_id: str) -> RebindResult:
+    def _attempt(self, request: RebindRequest, rebind_id: str, progress: Callable[[], None]) -> RebindResult:
         for _ in range(ATTEMPTS - 1):
             with suppress(StoreConflict):
-                return self._rebind(request, rebind_id)
-        return self._rebind(request, rebind_id)
+                return self._rebind(request, rebind_id, progress)
+        return self._rebind(request, rebind_id, progress)
 
-    def _rebind(self, request: RebindRequest, rebind_id: str) -> RebindResult:
+    def _rebind(self, request: RebindRequest, rebind_id: str, progress: Callable[[], None]) -> RebindResult:
         """Do it in one transaction: which messages, what becomes of them, their records, the row of history."""
         engine = self.database.engine
         with self.database.begin_write() as db:
@@ -118,7 +123,7 @@ class QueueRegistry:
                 return done
             now, first_key = time.time(), engine.last_key(db) + 1
             recorded = None if request.suppress_logging else rebind_id
-            found, left, stream = _work(engine, db, request, now)
+            found, left, stream = _work(engine, db, request, now, progress)
             if stream:
                 engine.update_each(db, found, stream, recorded)
                 matched, moved = stream.matched, stream.moved
@@ -129,10 +134,10 @@ class QueueRegistry:
             history.keep(db, request, result, now, (first_key, engine.last_key(db)))
         return result
 
-    def _rehearse(self, db: Connection, request: RebindRequest) -> RebindResult:
+    def _rehearse(self, db: Connection, request: RebindRequest, progress: Callable[[], None]) -> RebindResult:
         """Plan a rebind."""
         engine, now = self.database.engine, time.time()
-        found, left, stream = _work(engine, db, request, now)
+        found, left, stream = _work(engine, db, request, now, progress)
         if stream:
             for _ in stream(engine.rows(db, found)):
                 pass
@@ -164,12 +169,27 @@ class QueueRegistry:
                 batch = list(islice(stream, BATCH))
         return loaded, discarded
 
-    def queues(self) -> list[QueueSummary]:
-        """The queues, by name. Raises StoreUnavailable."""
+    def queues(self, criteria: Criteria = ALL_QUEUES) -> list[QueueSummary]:
+        """The queues that match, by name. Raises StoreUnavailable."""
         due = func.count().filter(messages.c.due <= time.time())
-        statement = select(messages.c.queue, func.count(), due).group_by(messages.c.queue).order_by(messages.c.queue)
+        oldest, attempts = func.min(messages.c.created), func.max(messages.c.num_attempts)
+        statement = select(messages.c.queue, func.count(), due, oldest, attempts).group_by(messages.c.queue)
         with self.database.autocommit() as db:
-            return [QueueSummary(*row) for row in db.execute(statement)]
+            matching = statement.where(_matching(self.database.engine, db, criteria)).order_by(messages.c.queue)
+            return [QueueSummary(*row) for row in db.execute(matching)]
+
+    def messages(
+        self, criteria: Criteria = ALL_QUEUES, id: str | None = None, limit: int | None = None
+    ) -> Iterator[Row]:
+        """The messages that match, or those of them that are due soonest: rows of `messages` with `data`, the content.
+
+        They are streamed, and all are as they were at one moment. Raises StoreUnavailable.
+        """
+        with self.database.begin_read() as db:
+            matching = _matching(self.database.engine, db, criteria)
+            found = Selection(matching if id is None else matching & (messages.c.id == id), limit)
+            data = select(contents.c.data).where(contents.c.id == messages.c.id).scalar_subquery().label("data")
+            yield from db.execute(found.select(*messages.c, data), execution_options={"yield_per": READ_AHEAD})
 
     def due_queues(self, db: Connection, due: float) -> list[str]:
         """The names of the queues with a message that is due then, in seconds since 1970."""
@@ -177,9 +197,19 @@ class QueueRegistry:
         is_due = select(messages.c.id).where(messages.c.queue == names.c.queue, messages.c.due <= due)
         return list(db.scalars(select(names.c.queue).where(names.c.queue.is_not(None), is_due.exists())))
 
-    def records(self, after: int = 0, poll: float | None = None) -> Iterator[dict[str, Any]]:
+    def records(
+        self, after: int = 0, poll: float | None = None, wanted: history.LogFilter = history.EVERY_RECORD
+    ) -> Iterator[dict[str, Any]]:
         """The delivery log. See history.records."""
-        return history.records(self.database, after, poll)
+        return history.records(self.database, after, poll, wanted)
+
+    def rebinds_done(self, since: float | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+        """The rebinds that were done, newest first. See history.rebinds_done."""
+        return history.rebinds_done(self.database, since, limit)
+
+    def prune(self, before: float, dry_run: bool = False) -> history.Pruned:
+        """Remove old records and old history. See history.prune."""
+        return history.prune(self.database, before, dry_run)
 
 
 def _engine(url: str) -> ModuleType:
@@ -211,21 +241,24 @@ def matching_queues(engine: ModuleType, db: Connection, criteria: Criteria) -> l
     return [name for name in found if criteria.match(QueueName.parse(name))]
 
 
+def _matching(engine: ModuleType, db: Connection, criteria: Criteria) -> ColumnElement[bool]:
+    """Whether a message is in a queue that matches."""
+    return true() if criteria.match_all else engine.in_queues(matching_queues(engine, db, criteria))
+
+
 def _work(
-    engine: ModuleType, db: Connection, request: RebindRequest, now: float
+    engine: ModuleType, db: Connection, request: RebindRequest, now: float, progress: Callable[[], None]
 ) -> tuple[Selection, int | None, "_Stream | None"]:
     """Which messages to handle; of an undo, how many are left alone; and the stream that handles them, if any."""
-    matching: ColumnElement[bool] = true()
-    if not request.criteria.match_all:
-        matching = engine.in_queues(matching_queues(engine, db, request.criteria))
+    matching = _matching(engine, db, request.criteria)
     left, stream = None, None
     if request.undo is not None:
         undo = history.undoable(db, request.undo)
         found, left = Selection(undo.found.where & matching, request.limit, of_records=True), undo.left
-        stream = _Stream(request, now, partial(_restored, undo.shared))
+        stream = _Stream(request, now, progress, partial(_restored, undo.shared))
     elif request.trigger_rebind_event:
         found = Selection(matching, request.limit)
-        stream = _Stream(request, now, partial(_handled, event.connected(), request.data))
+        stream = _Stream(request, now, progress, partial(_handled, event.connected(), request.data))
     else:
         new = _new_state(engine, request, now)
         if request.limit is not None and new.renames:
@@ -261,8 +294,14 @@ def _restored(shared: Changes, before: Message, message: Message, record: Row) -
 class _Stream:
     """Makes updates of a stream of messages, as the event's handlers or an undo decide, and counts them."""
 
-    def __init__(self, request: RebindRequest, now: float, change: Callable[[Message, Message, Row], Changes]) -> None:
-        self._request, self._now, self._change = request, now, change
+    def __init__(
+        self,
+        request: RebindRequest,
+        now: float,
+        progress: Callable[[], None],
+        change: Callable[[Message, Message, Row], Changes],
+    ) -> None:
+        self._request, self._now, self._progress, self._change = request, now, progress, change
         self.matched = self.moved = 0
         self._moves: Counter[tuple[str, str]] = Counter()
 
@@ -270,6 +309,7 @@ class _Stream:
         for row in rows:
             if self.matched == self._request.limit:
                 return
+            self._progress()
             update = self._update(row)
             if update is None:
                 continue

@@ -45,7 +45,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from message import to_json
-from moving import BEFORE, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
+from moving import BEFORE, READ_AHEAD, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
 from store import (
     TOO_LONG,
     StoreDamaged,
@@ -68,8 +68,6 @@ CACHE = 32  # MiB of pages that a rebind keeps in memory, since its index change
 UNAVAILABLE = {3, 5, 6, 7, 8, 10, 13, 14, 15}
 REFUSED = {18, 19, 20}  # TOOBIG, CONSTRAINT, MISMATCH
 DAMAGED = {11, 26}  # CORRUPT, NOTADB
-
-READ_AHEAD = 50  # messages that are read at once: each may have a megabyte of metadata
 
 _rowid: ColumnElement[int] = literal_column("messages.rowid", Integer)
 
