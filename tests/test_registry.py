@@ -173,8 +173,13 @@ HOSTILE = {
 def test_hostile_text_is_text_wherever_it_stands(queues: QueueRegistry, url: str, text: str) -> None:
     queues.load([message(meta={"campaign": "c", "tenant": "t", "routing_domain": "r"})])
     with nothing_changes(url):
-        for criterion in ("campaign", "tenant", "domain", "routing_domain"):
-            assert counts(ask(queues, {"queue": "b"}, **{criterion: text})) == (0, 0, 0)
+        criteria: list[dict[str, Any]] = [
+            {"campaign": text},
+            {"tenant": text},
+            {"domain": text},
+            {"routing_domain": text},
+        ]
+        assert [counts(ask(queues, {"queue": "b"}, **criterion)) for criterion in criteria] == [(0, 0, 0)] * 4
     ask(queues, {"a": text, text: "b"}, reason=text, domain="example.com")
     (record,) = queues.records()
     assert record["meta"] == {"campaign": "c", "tenant": "t", "routing_domain": "r", "a": text, text: "b"}
@@ -257,7 +262,14 @@ METAS = [
 ]
 
 
-@pytest.mark.parametrize("keys", [keys for n in range(5) for keys in itertools.combinations(KEYS, n)], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param(keys, marks=[] if keys == ("campaign", "tenant") else pytest.mark.slow, id=str(keys))
+        for n in range(5)
+        for keys in itertools.combinations(KEYS, n)
+    ],
+)
 def test_sql_and_python_give_a_queue_the_same_name(queues: QueueRegistry, url: str, keys: tuple[str, ...]) -> None:
     queues.load(message("ada@[IPv6:::1]", meta=meta) for meta in METAS)
     data = dict.fromkeys(keys, ":@!'b")
@@ -461,7 +473,7 @@ def test_records_come_oldest_first_however_many(queues: QueueRegistry) -> None:
     assert [record["id"] for record in in_order(queues.records())] == ids
 
 
-@pytest.mark.parametrize("after", [0, 1, BATCH, 2 * BATCH + 1, 2 * BATCH + 2])
+@pytest.mark.parametrize("after", [0, 1, BATCH, 2 * BATCH + 2])
 def test_the_first_records_may_be_left_out(queues: QueueRegistry, after: int) -> None:
     new = [message() for _ in range(2 * BATCH + 1)]
     queues.load(new)
