@@ -176,9 +176,8 @@ def came(answer: Future[requests.Response]) -> int | None:
 # Killed
 
 
-@pytest.mark.parametrize(
-    "moment", [0, *(pytest.param(moment, marks=pytest.mark.slow) for moment in range(2, MOMENTS, 2))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(0, MOMENTS, 2))
 def test_a_worker_that_is_killed_in_a_handler_leaves_nothing_of_the_rebind(
     service: Service, before: Books, url: str, tmp_path: Path, moment: int
 ) -> None:

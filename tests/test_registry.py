@@ -37,6 +37,7 @@ from queues import DuplicateMessage, HandlerFailed, QueueRegistry, QueueSummary,
 from store import MAX_NAME, StoreRefused
 
 FLAGS = ("trigger_rebind_event", "always_flush", "suppress_logging")
+SLOW_EVENT = pytest.param(True, marks=pytest.mark.slow)
 BY_DATA_AND_BY_EVENT = pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 
 
@@ -236,7 +237,7 @@ def test_numbers_and_booleans_stay_what_they_are(queues: QueueRegistry, url: str
     ],
     ids=str,
 )
-@BY_DATA_AND_BY_EVENT
+@pytest.mark.parametrize("event", [False, SLOW_EVENT], ids=["data", "event"])
 def test_the_queue_is_named_anew(
     queues: QueueRegistry, url: str, event: bool, meta: dict[str, Any], data: dict[str, str], name: str
 ) -> None:
@@ -337,7 +338,7 @@ def test_several_recipients_are_named_by_the_first_and_stay(queues: QueueRegistr
 @pytest.mark.parametrize(
     "fields", [dict(zip(FLAGS, v, strict=True)) for v in itertools.product([False, True], repeat=3)], ids=str
 )
-@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("limit", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_dry_run_changes_nothing_and_counts_the_same(
     queues: QueueRegistry, url: str, fields: dict[str, Any], limit: int | None
 ) -> None:
