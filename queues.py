@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -139,8 +139,9 @@ class QueueRegistry:
         engine, now = self.database.engine, time.time()
         found, left, stream = _work(engine, db, request, now, progress)
         if stream:
-            for _ in stream(engine.rows(db, found)):
-                pass
+            with closing(engine.rows(db, found)) as rows:
+                for _ in stream(rows):
+                    pass
             planned = stream.plan()
         else:
             planned = plan(db, found, _new_state(engine, request, now).queue, engine.octets)
