@@ -19,7 +19,8 @@ from flask import Flask
 from marshmallow import ValidationError
 from marshmallow.exceptions import SCHEMA
 
-from history import LogFilter, printable
+from event import HandlerFailed, NoHandler
+from history import KeyReused, LogFilter, NothingToUndo, UnknownRebind, printable
 from message import NewMessage
 from names import Criteria, QueueName
 from queues import DuplicateMessage, QueueSummary, registry
@@ -45,6 +46,7 @@ class Time(click.ParamType[float]):
 POLL = 0.5  # seconds between two looks for new records
 DRAW = 2**16  # bytes between two drawings of the progress bar
 MAX_KEY = 2**63 - 1  # what both engines can count to
+REFUSALS = (DuplicateMessage, NoHandler, HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
 MIN_WIDTH = 12  # to which a column is cut at most
 MAX_REASONS = 5  # that an error names, of all that is wrong in one answer
 
@@ -314,7 +316,7 @@ def answered(question: Callable[[], Answer]) -> Answer:
     """
     try:
         return question()
-    except DuplicateMessage as error:
+    except REFUSALS as error:
         raise failure(str(error)) from error
     except StoreError as error:
         raise failure(error.in_full) from error
