@@ -26,8 +26,7 @@ from typing import Any
 import bcrypt
 import pytest
 import requests
-from conftest import PATH, ROOT, Service, free_port, logged, message, start_service, stop_service, stored, until
-from requests.adapters import HTTPAdapter
+from conftest import PATH, ROOT, From, Service, free_port, logged, message, start_service, stop_service, stored, until
 from slow import MESSAGES, POLICY, slow_rebind
 
 from app import MAX_BODY
@@ -57,17 +56,6 @@ def directives(name: str) -> list[str]:
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """SQLite alone: what stands before the service has nothing to do with what stands behind it."""
     return f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'queues.db'}"
-
-
-class From(HTTPAdapter):
-    """Ask from an address of one's choice."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        super().__init__()
-
-    def init_poolmanager(self, *args: Any, **options: Any) -> None:
-        super().init_poolmanager(*args, source_address=(self.address, 0), **options)
 
 
 @dataclass
