@@ -150,10 +150,15 @@ def shown(url: str) -> str:
 
 
 def create_file(url: str) -> None:
-    """Create the file, readable by its own user only, unless there is one. Raises StoreUnavailable."""
+    """Create the file, readable by its own user only, unless there is one. Raises StoreUnavailable.
+
+    One that is there is not opened: to close it would end this process's locks on it, those of its connections included
+    (https://www.sqlite.org/howtocorrupt.html, 2.2).
+    """
     file = Path(shown(url))
     try:
-        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+        with suppress(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     except OSError as error:
         raise StoreUnavailable(f"the file {file} cannot be opened: {error.strerror}") from error
 
