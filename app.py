@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -72,6 +72,8 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
 
     if app.config["DATABASE_URL"] is None:
         app.config["DATABASE_URL"] = f"sqlite:///{Path(app.instance_path, 'queues.db')}"
+        with suppress(OSError):  # then the file cannot be opened, which is told when it is used
+            Path(app.instance_path).mkdir(mode=0o700, exist_ok=True)
     registry.bind(app.config["DATABASE_URL"], app.config["BUSY_TIMEOUT"])
     if app.config["POLICY"]:
         event.load_policy(app.config["POLICY"])
@@ -108,8 +110,6 @@ def start(app: Flask) -> None:
     """
     queues.logger.setLevel(logging.INFO)
     queues.logger.addHandler(default_handler)
-    if app.config["DATABASE_URL"] == f"sqlite:///{Path(app.instance_path, 'queues.db')}":
-        Path(app.instance_path).mkdir(mode=0o700, exist_ok=True)
     try:
         registry.prepare()
         registry.database.check()
