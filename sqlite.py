@@ -150,10 +150,15 @@ def shown(url: str) -> str:
 
 
 def create_file(url: str) -> None:
-    """Create the file, readable by its own user only, unless there is one. Raises StoreUnavailable."""
+    """Create the file, readable by its own user only, unless there is one. Raises StoreUnavailable.
+
+    One that exists is not opened: to close it would end all locks that this process has on it, SQLite's included.
+    """
     file = Path(shown(url))
     try:
-        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        pass
     except OSError as error:
         raise StoreUnavailable(f"the file {file} cannot be opened: {error.strerror}") from error
 
