@@ -348,10 +348,16 @@ def test_the_application_has_one_route_and_one_blueprint(tmp_path: Path) -> None
 # The database
 
 
+@pytest.fixture(scope="module")
+def impatient(shared: Start) -> Service:
+    """A gunicorn without a policy that does not wait long for a lock."""
+    return shared(REBIND_BUSY_TIMEOUT="0.2")
+
+
 @pytest.mark.parametrize("query", ["", "?dry_run=true"])
 @pytest.mark.usefixtures("unchanged")
-def test_the_event_without_a_handler_is_a_conflict(shared: Start, query: str) -> None:
-    response = shared().rebind(query, data={"queue": "b"}, trigger_rebind_event=True)
+def test_the_event_without_a_handler_is_a_conflict(impatient: Service, query: str) -> None:
+    response = impatient.rebind(query, data={"queue": "b"}, trigger_rebind_event=True)
     assert is_problem(response, 409, "no handler is connected to the rebind event")
 
 
@@ -360,8 +366,7 @@ ROW_LOCK = "SELECT * FROM messages WHERE id = 'm-ada' FOR UPDATE"
 
 @pytest.mark.parametrize("lock", ["", pytest.param(ROW_LOCK, marks=pytest.mark.postgresql)], ids=["all", "one row"])
 @pytest.mark.usefixtures("unchanged")
-def test_a_lock_held_too_long_is_503_and_the_next_request_succeeds(url: str, shared: Start, lock: str) -> None:
-    impatient = shared(REBIND_BUSY_TIMEOUT="0.2")
+def test_a_lock_held_too_long_is_503_and_the_next_request_succeeds(url: str, impatient: Service, lock: str) -> None:
     with locked(url, lock):
         assert is_unavailable(impatient.rebind(data={"queue": "b"}, always_flush=True))
         assert done(impatient.rebind("?dry_run=true", data={"queue": "b"})) == (2, 2, 2), "it waits for nobody"
@@ -384,6 +389,7 @@ def test_a_database_out_of_reach_is_503(nowhere: str) -> None:
 # Starting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(2))
 def test_two_services_that_start_at_once_on_an_empty_database_both_come_up(
     url: str, start: Start, tmp_path: Path, attempt: int
@@ -418,12 +424,14 @@ def test_a_policy_that_cannot_be_loaded_stops_gunicorn(start: Start, tmp_path: P
     assert stops(service, f"the policy {policy} cannot be loaded: {reason}")
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_a_bad_database_url_stops_gunicorn(start: Start) -> None:
     service = start(url="mysql://localhost/x")
     assert stops(service, "the database URL cannot be used: mysql is neither sqlite nor postgresql")
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_a_file_that_is_no_database_stops_gunicorn_and_stays_as_it_is(start: Start, tmp_path: Path) -> None:
     file = tmp_path / "queues.db"

@@ -430,6 +430,7 @@ def test_a_file_that_is_not_there_is_an_error_before_anything_is_loaded(flask: F
     assert stored(url) == []
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_ctrl_c_loads_nothing(start_command: Command, url: str) -> None:
     process = start_command("load", "-", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -466,6 +467,7 @@ def read_terminal(terminal: int) -> bytes:
         return b""
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_a_terminal_shows_that_files_are_loaded_and_how_much_of_them(start_command: Command, tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("one", "two")]
@@ -477,6 +479,7 @@ def test_a_terminal_shows_that_files_are_loaded_and_how_much_of_them(start_comma
     assert "100%" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_a_terminal_shows_that_a_pipe_is_loaded(start_command: Command) -> None:
     output, shown = on_a_terminal(start_command, "load", "-", stdin=line().encode())
@@ -485,6 +488,7 @@ def test_a_terminal_shows_that_a_pipe_is_loaded(start_command: Command) -> None:
     assert "%" not in shown, "nobody knows how much will come"
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 @pytest.mark.parametrize(
     ("contents", "reason"),
@@ -620,6 +624,7 @@ def test_log_refuses_an_after_that_is_no_count(flask: Flask, after: str, reason:
     assert error.splitlines()[-1] == f"Error: Invalid value for '--after': {reason}"
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_log_into_a_pipe_that_closes_ends_quietly(start_command: Command, queues: QueueRegistry) -> None:
     queues.load(message() for _ in range(1000))
@@ -651,6 +656,7 @@ def test_log_follows_what_is_written_later_until_ctrl_c(
     assert (process.wait(30), errors.read_text()) == (-signal.SIGINT, "")
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_log_follows_from_a_record_that_is_not_there_yet(
     start_command: Command, queues: QueueRegistry, tmp_path: Path
@@ -669,6 +675,7 @@ def test_log_follows_from_a_record_that_is_not_there_yet(
 # wherever they run
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_what_is_not_ascii_is_printed_in_the_c_locale(shell: Flask, queues: QueueRegistry) -> None:
     queues.load([message(id="ü", meta={"queue": "bücher.example"})])

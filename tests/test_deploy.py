@@ -394,6 +394,7 @@ def test_systemd_gives_a_rebind_longer_than_gunicorn_does() -> None:
     assert int(stop) > runpy.run_path(str(ROOT / "gunicorn.conf.py"))["graceful_timeout"]
 
 
+@pytest.mark.slow
 def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) -> None:
     """As Type=notify asks for."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -404,6 +405,7 @@ def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) ->
         stop_service(service)
 
 
+@pytest.mark.slow
 def test_the_service_writes_nothing_into_its_own_folder(url: str, tmp_path: Path) -> None:
     """The sandbox lets it read the code, and no more."""
     for module in ROOT.glob("*.py"):

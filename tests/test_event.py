@@ -50,6 +50,7 @@ def test_without_a_handler_the_event_is_refused(queues: QueueRegistry, url: str)
         trigger(queues)
 
 
+@pytest.mark.sqlite
 def test_without_the_event_no_handler_is_called(queues: QueueRegistry) -> None:
     called: list[str] = []
     handler = rebind.connect(lambda message, data: called.append(message.id), weak=False)
@@ -59,6 +60,7 @@ def test_without_the_event_no_handler_is_called(queues: QueueRegistry) -> None:
     assert rebind.handlers() == [handler]
 
 
+@pytest.mark.sqlite
 def test_handlers_are_called_in_the_order_in_which_they_were_connected(queues: QueueRegistry) -> None:
     called: list[int] = []
 
@@ -79,6 +81,7 @@ def test_a_handler_that_is_connected_again_keeps_its_place(queues: QueueRegistry
     assert rebind.handlers() == [first, second]
 
 
+@pytest.mark.sqlite
 def test_a_handler_that_nothing_holds_vanishes(queues: QueueRegistry) -> None:
     kept = rebind.connect(do("pass"))
     rebind.connect(do("1 / 0"))
@@ -171,6 +174,7 @@ def test_what_a_handler_may_only_read_stays(queues: QueueRegistry, url: str) -> 
     assert rebind.handlers() == [handler]
 
 
+@pytest.mark.sqlite
 def test_a_handler_sees_what_those_before_it_did(queues: QueueRegistry, url: str) -> None:
     handlers = [
         do("message.meta['n'] = 1"),
@@ -259,6 +263,7 @@ class Callee:
         raise RuntimeError("no luck")
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     "handler", [Callee(), Callee().method, partial(Callee().method)], ids=["an object", "a method", "a partial"]
 )
@@ -270,6 +275,7 @@ def test_a_handler_that_is_no_plain_function_is_named(queues: QueueRegistry, han
         trigger(queues)
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     "statement",
     [
@@ -343,6 +349,7 @@ def test_a_policy_may_be_named_by_a_relative_path(tmp_path: Path, monkeypatch: p
     assert rebind.handlers() == [print]
 
 
+@pytest.mark.sqlite
 def test_a_policys_handlers_are_those_that_a_rebind_calls(queues: QueueRegistry, url: str) -> None:
     event.load_policy(SITE_POLICY)
     queues.load([message()])

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -67,11 +67,6 @@ MOMENTS = 20  # at each of which a worker is killed
 MESSAGES = 2 * BATCH + 200  # in queue `a`; the event's handlers get them in three batches
 BYSTANDERS = 10  # in another queue, that no rebind of the tests matches
 LONG = "r" * 2000  # a reason that makes the records of a rebind larger than what there is room for
-
-
-def slowly(values: Iterable[int]) -> list[Any]:
-    """Values of a parameter that only the whole suite tries."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @dataclass(frozen=True)
@@ -183,7 +178,8 @@ def came(answer: Future[requests.Response]) -> int | None:
 # Killed
 
 
-@pytest.mark.parametrize("moment", [0, *slowly(range(2, MOMENTS, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(0, MOMENTS, 2))
 def test_a_worker_that_is_killed_in_a_handler_leaves_nothing_of_the_rebind(
     service: Service, before: Books, url: str, tmp_path: Path, moment: int
 ) -> None:
@@ -194,7 +190,8 @@ def test_a_worker_that_is_killed_in_a_handler_leaves_nothing_of_the_rebind(
     works_again(service, url)
 
 
-@pytest.mark.parametrize("moment", [1, *slowly(range(3, MOMENTS, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(1, MOMENTS, 2))
 def test_a_worker_that_is_killed_at_any_moment_leaves_all_of_the_rebind_or_nothing(
     service: Service, queues: QueueRegistry, url: str, moment: int
 ) -> None:
@@ -276,7 +273,7 @@ def attempted(queues: QueueRegistry, way: str) -> RebindResult | Exception:
         return error
 
 
-@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
+@pytest.mark.parametrize("for_good", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["once", "for good"])
 @pytest.mark.parametrize(
     "error", [OperationalError("", {}, Exception("as it was told")), MemoryError()], ids=["operational", "memory"]
 )
@@ -344,7 +341,8 @@ def test_a_database_with_no_page_to_spare_changes_nothing_until_it_has(
 # The disk is full
 
 
-@pytest.mark.parametrize("moment", [0, *slowly(range(1, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(6))
 @pytest.mark.sqlite
 def test_where_files_may_not_grow_it_is_503_and_works_again_when_they_may(
     service: Service, before: Books, url: str, tmp_path: Path, moment: int
@@ -464,6 +462,7 @@ def another_process(url: str, *statements: str) -> Iterator[None]:
 LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", ["0.2", "0"])
 def test_a_database_that_another_process_locks_is_503_and_works_again_when_that_is_gone(
     before: Books, url: str, start: Start, seconds: str
@@ -476,6 +475,7 @@ def test_a_database_that_another_process_locks_is_503_and_works_again_when_that_
     works_again(service, url)
 
 
+@pytest.mark.slow
 def test_a_service_that_starts_while_its_database_is_locked_works_when_it_no_longer_is(
     before: Books, url: str, start: Start
 ) -> None:
@@ -532,6 +532,7 @@ def answered(service: Service) -> Iterator[None]:
     until(lambda: service.output.read_text().count(f"'{PATH}' ") == done + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 def test_a_rebind_whose_client_has_gone_is_finished(
     service: Service, before: Books, url: str, tmp_path: Path, reset: bool
@@ -548,6 +549,7 @@ def test_a_rebind_whose_client_has_gone_is_finished(
     works_again(service, url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", range(3))
 def test_of_a_client_that_goes_in_the_middle_of_its_request_nothing_is_done(
     service: Service, before: Books, url: str, moment: int
@@ -650,6 +652,7 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.slow
 @pytest.mark.postgresql
 @pytest.mark.parametrize(("lost", "left"), [("request", "nothing"), ("answer", "done")])
 def test_where_the_connection_is_lost_at_the_commit_the_answer_says_that_it_may_have_been_done(
@@ -694,6 +697,7 @@ def damaged(queues: QueueRegistry, tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["second half", "schema", "messages", "messages_queue_due"])
 @pytest.mark.sqlite
 def test_a_damaged_database_stops_gunicorn_with_one_line_that_says_so(
@@ -708,6 +712,7 @@ def test_a_damaged_database_stops_gunicorn_with_one_line_that_says_so(
     assert file.read_bytes() == content
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_a_damaged_log_is_told_by_the_answer_and_leaves_the_messages_where_they_are(
     damaged: Callable[[str], Path], start: Start

@@ -73,6 +73,7 @@ def test_one_byte_that_is_wrong_makes_it_a_refusal_or_another_request(wire: Serv
         connection.close()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchanged")
 def test_as_many_wrong_keys_as_the_body_holds_are_refused(wire: Service) -> None:
     names = [f"{n:x}" for n in range(80_000)]

@@ -265,6 +265,7 @@ def test_a_connection_that_was_cut_while_nobody_used_it_is_replaced(queues: Queu
     assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_service_that_starts_before_its_database_answers_503_until_that_is_there(start: Start) -> None:
     with TemporaryDirectory() as folder:

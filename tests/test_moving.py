@@ -38,7 +38,7 @@ def described(rows: list[dict[str, Any]], *columns: str) -> list[tuple[Any, ...]
 @pytest.mark.parametrize("bystanders", [0, 30], ids=["most", "few"])
 @pytest.mark.parametrize("way", ["data", "event", OLDER])
 @pytest.mark.parametrize("data", [{"queue": "b"}, {"campaign": "b"}, {"note": "b"}, {}], ids=str)
-@pytest.mark.parametrize("flush", [False, True], ids=["", "flush"])
+@pytest.mark.parametrize("flush", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "flush"])
 def test_most_messages_and_a_few_are_changed_alike_in_every_way(
     queues: QueueRegistry,
     url: str,
