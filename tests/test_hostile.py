@@ -32,6 +32,7 @@ def wire(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
     """A gunicorn on it, with one message there that every request here would change."""
     own = QueueRegistry()
     own.bind(url, busy_timeout=30)
+    own.prepare()
     own.load([message(id="m-ada")])
     service = start_service(tmp_path_factory.mktemp("wire"), url)
     yield service
