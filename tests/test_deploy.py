@@ -396,8 +396,8 @@ def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) ->
 @pytest.mark.slow
 def test_the_service_writes_nothing_into_its_own_folder(url: str, tmp_path: Path) -> None:
     """The sandbox lets it read the code, and no more."""
-    for module in ROOT.glob("*.py"):
-        shutil.copy(module, tmp_path)
+    for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(file, tmp_path)
     before = set(tmp_path.iterdir())
     environment = os.environ | {"REBIND_DATABASE_URL": url, "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", "import wsgi"], cwd=tmp_path, env=environment, check=True)

@@ -71,7 +71,9 @@ def as_documented(schema: type[Schema]) -> dict[str, Any]:
         if isinstance(field, fields.Dict):
             described["propertyNames"] = one(field.key_field)
             described["additionalProperties"] = one(field.value_field)
-            described["maxProperties"] = next(rule.max for rule in field.validators if isinstance(rule, validate.Length))
+            described["maxProperties"] = next(
+                rule.max for rule in field.validators if isinstance(rule, validate.Length)
+            )
         elif isinstance(field, fields.String):
             described["pattern"] = "^[^\\u0000]*$"
         return described
