@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
@@ -14,7 +15,7 @@ from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, vali
 from history import RebindRequest
 from message import NewMessage, check_json, check_text, domain_of
 from names import NAMING_KEYS, Criteria, queue_name
-from store import MAX_NAME
+from store import FIRST_SECOND, LAST_SECOND, MAX_NAME
 
 MAX_KEYS = 1000  # of `data`
 
@@ -194,6 +195,41 @@ class RecipientField(fields.Field[str | list[str]]):
         return value  # type: ignore[no-any-return]
 
 
+class TimeField(fields.Field[float]):
+    """A time as in RFC 3339, section 5.6, read as seconds since 1970."""
+
+    default_error_messages = {"invalid": "Not a time as in RFC 3339, such as 2026-11-24T10:00:00Z."}
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> float:
+        try:
+            return seconds_of(value)
+        except (TypeError, ValueError) as error:
+            raise self.make_error("invalid", input=value) from error
+
+
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d):(\d\d(?:\.\d+)?)([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def seconds_of(time: str) -> float:
+    """A time as in RFC 3339 in seconds since 1970; a leap second is the next minute's first. Raises ValueError."""
+    if not (match := _TIME.fullmatch(time)):
+        raise ValueError(f"{time!r} is not a time as in RFC 3339")
+    day, minute, second, zone = match.groups()
+    seconds = datetime.fromisoformat(f"{day}T{minute}{zone.upper()}").timestamp() + float(second)
+    if float(second) >= 61 or not FIRST_SECOND <= seconds <= LAST_SECOND:
+        raise ValueError(f"{time!r} is beyond what can be stored")
+    return seconds
+
+
+class SchedulingSchema(Schema):
+    """KumoMTA's limits to when a message is delivered; only the first is kept."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    first_attempt = TimeField(load_default=None, allow_none=True)
+
+
 class MessageSchema(Schema):
     """What KumoMTA tells of a message."""
 
@@ -201,9 +237,9 @@ class MessageSchema(Schema):
     recipient = RecipientField(required=True)
     meta = fields.Dict(load_default=dict, validate=_checked(check_json))
     data = fields.String(load_default="", allow_none=True, validate=_checked(str.encode))
-    due = fields.AwareDateTime(load_default=None, allow_none=True)
-    num_attempts = StrictInteger(load_default=0, validate=validate.Range(0, 2**31 - 1))
-    scheduling = fields.Raw(load_only=True)  # KumoMTA's limits to the hours of delivery, which we do not keep
+    due = TimeField(load_default=None, allow_none=True)
+    num_attempts = StrictInteger(load_default=0, allow_none=True, validate=validate.Range(0, 2**31 - 1))
+    scheduling = fields.Nested(SchedulingSchema, load_default=None, allow_none=True)
 
     @validates_schema
     def _can_be_queued(self, message: dict[str, Any], **_: Any) -> None:
@@ -243,13 +279,14 @@ def inspected_messages(value: Any, source: str) -> Iterable[NewMessage]:
 
 
 def _new_message(id: str, message: dict[str, Any], source: str) -> NewMessage:
+    first_attempt = (message["scheduling"] or {}).get("first_attempt")
     return NewMessage(
         id=id,
         sender=message["sender"],
         recipient=message["recipient"],
         content=(message["data"] or "").encode(),
         meta=message["meta"],
-        due=message["due"] and message["due"].timestamp(),
-        num_attempts=message["num_attempts"],
+        due=first_attempt if message["due"] is None else message["due"],
+        num_attempts=message["num_attempts"] or 0,
         source=source,
     )

@@ -727,7 +727,7 @@ REPLACED = "the database's file was replaced while it was in use"
 )
 def test_the_default_store_is_for_its_own_user_alone_whatever_creates_it(tmp_path: Path, program: list[str]) -> None:
     """With the usual umask, as `make run` has it."""
-    for source in ROOT.glob("*.py"):
+    for source in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(source, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "REBIND_DATABASE_URL"}
     command = [sys.executable, "-m", *program]

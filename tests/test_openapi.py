@@ -15,7 +15,7 @@ import schemathesis
 import yaml
 from conftest import PATH, ROOT, SITE_POLICY, Service, Start, engine_for, locked, message, stored
 from hypothesis import assume, settings
-from marshmallow import RAISE, Schema, ValidationError, fields, missing, validate
+from marshmallow import RAISE, Schema, ValidationError, fields, missing
 from test_schemas import KEYS, NO_KEYS
 from werkzeug.exceptions import HTTPException
 
@@ -71,9 +71,8 @@ def as_documented(schema: type[Schema]) -> dict[str, Any]:
         if isinstance(field, fields.Dict):
             described["propertyNames"] = one(field.key_field)
             described["additionalProperties"] = one(field.value_field)
-            described["maxProperties"] = next(
-                rule.max for rule in field.validators if isinstance(rule, validate.Length)
-            )
+            (length,) = field.validators
+            described["maxProperties"] = length.max
         elif isinstance(field, fields.String):
             described["pattern"] = "^[^\\u0000]*$"
         return described
@@ -230,8 +229,10 @@ unused = itertools.count(1)
 
 def conflicts(case: "schemathesis.Case[Any]") -> bool:
     """Whether the query conflicts with the body, which OpenAPI cannot say."""
-    unset, data, event = case.query.get("unset", []), case.body["data"], case.body.get("trigger_rebind_event", False)
-    return bool(unset and (event or {*unset} & {*data})) or ("undo" in case.query and bool(data or unset or event))
+    query: Any = case.query
+    body: Any = case.body
+    unset, data, event = query.get("unset", []), body["data"], body.get("trigger_rebind_event", False)
+    return bool(unset and (event or {*unset} & {*data})) or ("undo" in query and bool(data or unset or event))
 
 
 def test_schemathesis_broke_nothing(open_service: Service, url: str) -> None:
@@ -252,7 +253,7 @@ def test_every_example_of_a_request_works(open_service: Service, body: dict[str,
 def test_every_example_of_a_parameter_is_understood(open_service: Service, name: str) -> None:
     parameter = PARAMETERS[name]
     given = {name: str(parameter["example"]).lower() if name == "dry_run" else parameter["example"]}
-    where = {"params" if parameter["in"] == "query" else "headers": given}
+    where: dict[str, Any] = {"params" if parameter["in"] == "query" else "headers": given}
     response = requests.post(open_service.base + PATH, json={"reason": "a test", "data": {}}, timeout=60, **where)
     assert response.status_code == (404 if name == "undo" else 200)
 

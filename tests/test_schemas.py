@@ -138,6 +138,7 @@ def test_a_number_with_too_many_digits_is_refused() -> None:
 
 DATA = {"reason": "r", "data": {}}
 NO_STRING, NO_BOOLEAN, NO_MAPPING = (["Not a valid string."], ["Not a valid boolean."], ["Not a valid mapping type."])
+NO_TIME = ["Not a time as in RFC 3339, such as 2026-11-24T10:00:00Z."]
 NULL, UNKNOWN, MISSING = ["Field may not be null."], ["Unknown field."], ["Missing data for required field."]
 NUL, SURROGATE = ["a string must not contain NUL"], ["a string must not contain a lone surrogate"]
 
@@ -394,9 +395,18 @@ WRONG_MESSAGES: dict[str, tuple[str, Any, Any]] = {
     "meta with a surrogate for a key": ("meta", {"\ud800": 1}, SURROGATE),
     "meta too deep": ("meta", {"a": json.loads("[" * 300 + "]" * 300)}, ["nesting is deeper than 200"]),
     "data a number": ("data", 5, NO_STRING),
-    "due without a zone": ("due", "2026-01-01T00:00:00", ["Not a valid aware datetime."]),
-    "due no time": ("due", "soon", ["Not a valid datetime."]),
-    "due a number": ("due", 5, ["Not a valid datetime."]),
+    "due without a zone": ("due", "2026-01-01T00:00:00", NO_TIME),
+    "due no time": ("due", "soon", NO_TIME),
+    "due a number": ("due", 5, NO_TIME),
+    "due in ISO 8601's basic form": ("due", "20261124T100000Z", NO_TIME),
+    "due without seconds": ("due", "2026-11-24T10:00Z", NO_TIME),
+    "due on a 30th of February": ("due", "2026-02-30T10:00:00Z", NO_TIME),
+    "due in second 61": ("due", "2026-11-24T10:00:61Z", NO_TIME),
+    "due a day east": ("due", "2026-11-24T10:00:00+24:00", NO_TIME),
+    "due in other digits": ("due", "٢٠٢٦-11-24T10:00:00Z", NO_TIME),
+    "due before the year 1": ("due", "0001-01-01T00:00:00+14:00", NO_TIME),
+    "due after the year 9999": ("due", "9999-12-31T23:59:59-14:00", NO_TIME),
+    "no time for the first attempt": ("scheduling", {"first_attempt": "soon"}, {"first_attempt": NO_TIME}),
     "attempts a float": ("num_attempts", 1.0, ["Not a valid integer."]),
     "attempts a boolean": ("num_attempts", True, ["Not a valid integer."]),
     "attempts as text": ("num_attempts", "1", ["Not a valid integer."]),
