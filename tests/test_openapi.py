@@ -71,7 +71,7 @@ def as_documented(schema: type[Schema]) -> dict[str, Any]:
         if isinstance(field, fields.Dict):
             described["propertyNames"] = one(field.key_field)
             described["additionalProperties"] = one(field.value_field)
-            (length,) = field.validators
+            length: Any = field.validators[0]
             described["maxProperties"] = length.max
         elif isinstance(field, fields.String):
             described["pattern"] = "^[^\\u0000]*$"
@@ -300,6 +300,7 @@ def test_every_status_is_answered_as_documented(
     assert str(response.status_code) == status
     content = documented["content"][response.headers["Content-Type"]]
     validator(content["schema"]).validate(response.json())
+    assert {name for name in response.headers if name.startswith("Rebind-")} <= {*documented.get("headers", {})}
     for name, header in documented.get("headers", {}).items():
         if not header.get("required") and name not in response.headers:
             continue
