@@ -93,8 +93,8 @@ def _set_up(connection: Any, busy_timeout: float) -> None:
 
 
 def shown(url: str) -> str:
-    """The store for people: its URL without a password."""
-    return make_url(url).set(password=None, query={}).render_as_string()
+    """The store for people: its URL, whose password SQLAlchemy hides, without options: one may be a password."""
+    return make_url(url).set(query={}).render_as_string()
 
 
 def create_file(url: str) -> None:
