@@ -70,17 +70,13 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
-def _time() -> fields.Field[Any]:
-    return fields.Function(deserialize=_seconds, allow_none=True, load_default=None)
+_time: dict[str, Any] = {"deserialize": _seconds, "allow_none": True, "load_default": None}
 
 
 class SchedulingSchema(Schema):
-    """KumoMTA's limits to the time of delivery. The hours and days are read and not kept."""
+    """KumoMTA's limits to the time of delivery. The hours and days are not kept."""
 
-    class Meta:
-        unknown = EXCLUDE
-
-    first_attempt = _time()
+    first_attempt = fields.Function(**_time)
 
 
 class MessageSchema(Schema):
@@ -90,9 +86,9 @@ class MessageSchema(Schema):
     recipient = fields.Raw(required=True, validate=checked(domain_of))
     meta = fields.Dict(load_default=dict, validate=checked(check_json))
     data = fields.String(load_default=None, allow_none=True, validate=checked(str.encode))
-    due = _time()
+    due = fields.Function(**_time)
     num_attempts = StrictInteger(load_default=None, allow_none=True, validate=validate.Range(0, 65535))
-    scheduling = fields.Nested(SchedulingSchema, load_default=None, allow_none=True)
+    scheduling = fields.Nested(SchedulingSchema, unknown=EXCLUDE, load_default=None, allow_none=True)
 
     @validates_schema
     def _can_be_queued(self, message: dict[str, Any], **_: Any) -> None:
@@ -116,13 +112,10 @@ class InspectedMessageSchema(Schema):
 class InspectedQueueSchema(Schema):
     """The answer of KumoMTA's `inspect-sched-q`: what it says of the queue besides the messages is of no use here."""
 
-    class Meta:
-        unknown = EXCLUDE
-
     messages = fields.List(fields.Nested(InspectedMessageSchema), required=True)
 
 
-_inspected_message, _inspected_queue = InspectedMessageSchema(), InspectedQueueSchema()
+_inspected_message, _inspected_queue = InspectedMessageSchema(), InspectedQueueSchema(unknown=EXCLUDE)
 
 
 def _new_messages(document: Any, source: str) -> list[NewMessage]:

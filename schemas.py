@@ -20,7 +20,7 @@ from names import NAMING_KEYS, Criteria
 
 MAX_KEYS = 1000  # of `data`, and of `unset`
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 class NotJSON(ValueError):
@@ -60,27 +60,21 @@ def json_documents(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
 
 def _complete_documents(text: str, line: int, ended: bool) -> Generator[tuple[int, Any], None, tuple[str, int]]:
     """The documents that are complete; returns the rest of the text, and the number of its first line."""
-    at = 0
-    if ended:
-        text = text.rstrip(" \t\r\n")  # so that what ends too early ends on its own line
-    while (start := _end_of_space(text, at)) < len(text):
-        line += text.count("\n", at, start)
+    text, at = text.rstrip(" \t\r\n") if ended else text, 0  # what ends too early ends on its own line
+    while begin := _NOT_SPACE.search(text, at):
+        line += text.count("\n", at, begin.start())
         with _strictly(line):
             try:
-                document, at = _decoder.raw_decode(text, start)
+                document, at = _decoder.raw_decode(text, begin.start())
             except json.JSONDecodeError as error:
                 # No token of JSON spans lines, so the lines of an incomplete document fail at their end.
-                if not ended and _end_of_space(text, error.pos) == len(text):
-                    return text[start:], line
-                wrong = line + text.count("\n", start, error.pos)
+                if not ended and not text[error.pos :].strip():
+                    return text[begin.start() :], line
+                wrong = line + text.count("\n", begin.start(), error.pos)
                 raise ValueError(f"{error.msg}: line {wrong} column {error.colno}") from None
         yield line, document
-        line += text.count("\n", start, at)
+        line += text.count("\n", begin.start(), at)
     return "", line + text.count("\n", at)
-
-
-def _end_of_space(text: str, start: int) -> int:
-    return _SPACE.match(text, start).end()  # type: ignore[union-attr]
 
 
 @contextmanager
