@@ -1,6 +1,6 @@
 """What is read from outside, and what is refused: JSON itself, and the request's body and query.
 
-marshmallow turns much into what it wants; here nothing is: a value has its type or is an error.
+marshmallow converts many values to the type that it wants. Here a value has its type, or is an error.
 """
 
 import json
@@ -18,7 +18,7 @@ from history import RebindRequest
 from message import check_text
 from names import NAMING_KEYS, Criteria
 
-MAX_KEYS = 1000  # of `data`, and of `unset`
+MAX_KEYS = 1000  # of `data`
 
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
@@ -94,13 +94,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members: dict[str, Any] = {}
     for key, value in pairs:
         if key in members:
-            raise NotJSON(f"the key {key!a} is given twice in one object")
+            raise NotJSON(f"the key {key[:40]!a} is given twice in one object")
         members[key] = value
     return members
 
 
 def _no_constant(name: str) -> None:
-    raise NotJSON(f"{name} is no number in JSON")
+    raise NotJSON(f"{name} is not a number in JSON")
 
 
 def _finite_float(digits: str) -> float:
@@ -130,7 +130,7 @@ def text(**kwargs: Any) -> fields.String:
 
 
 class StrictBoolean(fields.Boolean):
-    """`true` or `false`, and not what marshmallow takes for them."""
+    """`true` or `false`, and nothing that marshmallow would convert to them."""
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> bool:
         if not isinstance(value, bool):
@@ -165,7 +165,7 @@ class RebindRequestSchema(Schema):
         empty = [key for key in NAMING_KEYS if body["data"].get(key) == "" and not body["trigger_rebind_event"]]
         if empty:
             reason = "Must not be empty: ?unset={key} removes the key."
-            raise ValidationError({"data": {key: [reason.format(key=key)] for key in empty}})
+            raise ValidationError({"data": {key: {"value": [reason.format(key=key)]} for key in empty}})
 
 
 class RebindQuerySchema(Schema):
@@ -176,7 +176,7 @@ class RebindQuerySchema(Schema):
         validate=validate.Regexp(r"[1-9][0-9]{0,17}\Z", error="Not a whole number from 1 to 10^18 - 1."),
         load_default=None,
     )
-    unset = fields.List(text(), validate=validate.Length(max=MAX_KEYS), load_default=[])
+    unset = fields.List(text(), load_default=[])
     undo = text(load_default=None)
 
 
@@ -230,6 +230,6 @@ def _conflicts(request: RebindRequest) -> Iterator[tuple[str, list[str]]]:
     if request.unset and request.trigger_rebind_event:
         yield "unset", ["Not allowed with trigger_rebind_event."]
     elif both := [key for key in request.unset if key in request.data]:
-        yield "unset", [f"{', '.join(map(ascii, both))} is set by data."]
+        yield "unset", [f"Set by data: {', '.join(map(ascii, both))}."]
     if request.undo is not None and (request.data or request.unset or request.trigger_rebind_event):
         yield "undo", ["Needs data to be {}, and is not allowed with unset or trigger_rebind_event."]
