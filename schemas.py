@@ -40,7 +40,7 @@ def parse_json(text: bytes) -> Any:
     Raises NotJSON: bad syntax or UTF-8, NaN, a number beyond a double, a key given twice, nesting too deep.
     """
     with _strictly():
-        return _decoder.decode(text.decode())
+        return json.loads(text.decode(), **_HOOKS)
 
 
 def json_documents(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
@@ -109,7 +109,8 @@ def _finite_float(digits: str) -> float:
     return number
 
 
-_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float)
+_HOOKS: Any = {"object_pairs_hook": _unique, "parse_constant": _no_constant, "parse_float": _finite_float}
+_decoder = json.JSONDecoder(**_HOOKS)
 
 
 def checked(check: Any) -> Any:

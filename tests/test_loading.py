@@ -507,8 +507,8 @@ def test_more_messages_need_no_more_memory(tmp_path: Path, indent: int | None) -
 
 @pytest.mark.slow
 def test_large_messages_are_not_all_in_memory_at_once(tmp_path: Path) -> None:
-    text = json.dumps(answer("%d", data="x" * 2**20)) + "\n"
-    program = f"for number in range(100): print({text!r} % number, end='')"
+    text = line("%d", data="%s")
+    program = f"for number in range(100): print({text!r} % (number, 'x' * 2**20), end='')"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as printing:
         used = peak(f"sqlite:///{tmp_path / 'queues.db'}", "load", "-", stdin=printing.stdout)
     assert used < 150 * 1024
