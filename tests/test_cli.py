@@ -173,9 +173,10 @@ def test_log_follows_from_a_record_that_is_not_there_yet(
 ) -> None:
     queues.load([message()])
     rebind(queues, "1")
+    (record,) = queues.records()
     output = tmp_path / "output"
     with output.open("wb") as stdout:
-        start_command("log", "--follow", "--after", "2", stdout=stdout)
+        start_command("log", "--follow", "--after", str(record["key"] + 1), stdout=stdout)
     for reason in ("2", "3", "4"):
         rebind(queues, reason)
     until(lambda: output.read_bytes().count(b"\n") == 2)
