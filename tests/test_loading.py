@@ -300,7 +300,7 @@ WRONG_FIELDS: dict[str, tuple[str, Any, str]] = {
     "due on 30 February": ("due", "2026-02-30T10:00:00Z", NO_TIME),
     "due with a comma": ("due", "2026-11-24T10:00:00,5Z", NO_TIME),
     "due with a short offset": ("due", "2026-11-24T10:00:00+01", NO_TIME),
-    "due with an Arabic fraction": ("due", "2026-11-24T10:00:00.٥Z", NO_TIME),
+    "due with an Arabic fraction": ("due", "2026-11-24T10:00:00.\u0665Z", NO_TIME),
     "due in the midst of a leap second": ("due", "2026-11-24T10:00:60Z", NO_TIME),
     "due a number": ("due", 5, NO_TIME),
     "due before the year 1": ("due", "0001-01-01T00:00:00+00:01", NO_YEAR),
