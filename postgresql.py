@@ -256,7 +256,7 @@ def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str
     db.exec_driver_sql(f"DECLARE each_message CURSOR FOR {each}", each.params)
     change = _update_batch(rebind_id).compile(db)
     with _pipeline(db) as driver:
-        for batch in batches(decide(_read_ahead(driver))):
+        for batch in batches(decide(_read_ahead(driver)), lambda one: len(one.meta)):
             updates = to_json([one._asdict() for one in batch])
             driver.execute(str(change), change.params | {"updates": updates})
 

@@ -362,7 +362,7 @@ def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str
     record = None if rebind_id is None else _record_batch(rebind_id)
     # If `decide` raises, a statement that is still open would keep the next rebind from changing the index.
     with _index_rebuilt(db, found.are_most), closing(_read(db, each)) as read:
-        for batch in batches(decide(read)):
+        for batch in batches(decide(read), lambda one: len(one.meta)):
             if record is not None:
                 db.execute(record, {"updates": to_json([(one.at, one.queue, one.changes) for one in batch])})
             db.exec_driver_sql(change, [one[:7] for one in batch])

@@ -9,14 +9,12 @@ import pytest
 from marshmallow import Schema, ValidationError
 
 from history import RebindRequest
-from message import NewMessage
 from names import NAMING_KEYS, Criteria
 from schemas import (
     NotJSON,
     QueryError,
     RebindRequestSchema,
     idempotency_key,
-    inspected_messages,
     parse_json,
     rebind_query,
     rebind_request,
@@ -138,7 +136,6 @@ def test_a_number_with_too_many_digits_is_refused() -> None:
 
 DATA = {"reason": "r", "data": {}}
 NO_STRING, NO_BOOLEAN, NO_MAPPING = (["Not a valid string."], ["Not a valid boolean."], ["Not a valid mapping type."])
-NO_TIME = ["Not a time as in RFC 3339, such as 2026-11-24T10:00:00Z."]
 NULL, UNKNOWN, MISSING = ["Field may not be null."], ["Unknown field."], ["Missing data for required field."]
 NUL, SURROGATE = ["a string must not contain NUL"], ["a string must not contain a lone surrogate"]
 
@@ -342,84 +339,3 @@ def test_no_other_idempotency_key_is_taken(header: str) -> None:
     with pytest.raises(QueryError) as refused:
         idempotency_key(header)
     assert refused.value.messages == {"Idempotency-Key": [wrong]}
-
-
-# Messages to load
-
-ADA = {"id": "m1", "message": {"sender": "", "recipient": "ada@example.com"}}
-
-
-def test_a_message_has_defaults_for_what_is_not_said() -> None:
-    assert inspected_messages(ADA, "here") == [NewMessage("m1", "", "ada@example.com", source="here")]
-
-
-def test_messages_of_a_queue_are_read_and_the_rest_of_the_answer_is_not() -> None:
-    full = {
-        "sender": "news@acme.example",
-        "recipient": ["ada@example.com", "bob@example.org"],
-        "meta": {"tenant": "acme", "n": [1, None, {"a": 1.5}]},
-        "data": "é",
-        "due": "2026-01-01T00:00:00+01:00",
-        "num_attempts": 3,
-    }
-    answer = {"queue_name": "acme@example.com", "num_scheduled": 2, "messages": [{"id": "m2", "message": full}, ADA]}
-    assert inspected_messages(answer, "here") == [
-        NewMessage(
-            id="m2",
-            sender="news@acme.example",
-            recipient=["ada@example.com", "bob@example.org"],
-            content="é".encode(),
-            meta={"tenant": "acme", "n": [1, None, {"a": 1.5}]},
-            due=1767222000.0,
-            num_attempts=3,
-            source="here",
-        ),
-        NewMessage("m1", "", "ada@example.com", source="here"),
-    ]
-
-
-WRONG_MESSAGES: dict[str, tuple[str, Any, Any]] = {
-    "sender null": ("sender", None, NULL),
-    "sender a number": ("sender", 5, NO_STRING),
-    "sender with a NUL": ("sender", "\0", NUL),
-    "recipient null": ("recipient", None, NULL),
-    "recipient a number": ("recipient", 5, ["expected a string, got int"]),
-    "recipient an object": ("recipient", {"a@b": 1}, ["expected a string, got dict"]),
-    "no recipients": ("recipient", [], ["there is no recipient"]),
-    "no address": ("recipient", "ada", ["'ada' is not an address (local@domain)"]),
-    "one recipient no address": ("recipient", ["a@b", "@b"], ["'@b' is not an address (local@domain)"]),
-    "recipient with a surrogate": ("recipient", "a@\ud800", SURROGATE),
-    "meta null": ("meta", None, NULL),
-    "meta a list": ("meta", [], NO_MAPPING),
-    "meta with a NUL within": ("meta", {"a": [{"b": "\0"}]}, NUL),
-    "meta with a surrogate for a key": ("meta", {"\ud800": 1}, SURROGATE),
-    "meta too deep": ("meta", {"a": json.loads("[" * 300 + "]" * 300)}, ["nesting is deeper than 200"]),
-    "data a number": ("data", 5, NO_STRING),
-    "due without a zone": ("due", "2026-01-01T00:00:00", NO_TIME),
-    "due no time": ("due", "soon", NO_TIME),
-    "due a number": ("due", 5, NO_TIME),
-    "due in ISO 8601's basic form": ("due", "20261124T100000Z", NO_TIME),
-    "due without seconds": ("due", "2026-11-24T10:00Z", NO_TIME),
-    "due on a 30th of February": ("due", "2026-02-30T10:00:00Z", NO_TIME),
-    "due in second 61": ("due", "2026-11-24T10:00:61Z", NO_TIME),
-    "due a day east": ("due", "2026-11-24T10:00:00+24:00", NO_TIME),
-    "due in other digits": ("due", "٢٠٢٦-11-24T10:00:00Z", NO_TIME),
-    "due before the year 1": ("due", "0001-01-01T00:00:00+14:00", NO_TIME),
-    "due after the year 9999": ("due", "9999-12-31T23:59:59-14:00", NO_TIME),
-    "no time for the first attempt": ("scheduling", {"first_attempt": "soon"}, {"first_attempt": NO_TIME}),
-    "attempts a float": ("num_attempts", 1.0, ["Not a valid integer."]),
-    "attempts a boolean": ("num_attempts", True, ["Not a valid integer."]),
-    "attempts as text": ("num_attempts", "1", ["Not a valid integer."]),
-    "attempts negative": ("num_attempts", -1, None),
-    "attempts too many": ("num_attempts", 2**31, None),
-    "unknown": ("recipients", [], UNKNOWN),
-}
-
-
-@pytest.mark.parametrize(("field", "value", "wrong"), WRONG_MESSAGES.values(), ids=WRONG_MESSAGES)
-def test_a_message_with_a_wrong_value_is_refused(field: str, value: Any, wrong: Any) -> None:
-    message = {"sender": "", "recipient": "ada@example.com"} | {field: value}
-    with pytest.raises(ValidationError) as refused:
-        inspected_messages({"messages": [ADA, {"id": "m2", "message": message}]}, "here")
-    between = ["Must be greater than or equal to 0 and less than or equal to 2147483647."]
-    assert refused.value.messages == {"messages": {1: {"message": {field: wrong or between}}}}
