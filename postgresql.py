@@ -3,7 +3,7 @@
 sqlite.py has the same functions. queues.py chooses one of the two modules when the registry is bound.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -230,10 +230,11 @@ def _returns_old(db: Connection) -> bool:
     return (db.dialect.server_version_info or (0,)) >= (18,)
 
 
-def rows(db: Connection, found: Selection) -> Iterator[Sequence[Any]]:
+def rows(db: Connection, found: Selection) -> Generator[Sequence[Any]]:
     """The rows of each message, in a transaction that changes nothing."""
     _plan_for_all_rows(db)
-    yield from db.execute(found.select(*found.columns(messages.c.id)), execution_options={"yield_per": BATCH})
+    with db.execute(found.select(*found.columns(messages.c.id)), execution_options={"yield_per": BATCH}) as each:
+        yield from each
 
 
 def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str | None) -> None:

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -134,8 +134,9 @@ class QueueRegistry:
         engine, now = self.database.engine, time.time()
         found, left, stream = _work(engine, db, request, now)
         if stream:
-            for _ in stream(engine.rows(db, found)):
-                pass
+            with closing(engine.rows(db, found)) as rows:
+                for _ in stream(rows):
+                    pass
             planned = stream.plan()
         else:
             planned = plan(db, found, _new_state(engine, request, now).queue, engine.octets)

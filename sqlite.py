@@ -8,8 +8,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
@@ -310,13 +310,14 @@ def _index_rebuilt(db: Connection, rebuilt: bool) -> Iterator[None]:
         messages_queue_due.create(db)
 
 
-def rows(db: Connection, found: Selection) -> Iterator[Sequence[Any]]:
+def rows(db: Connection, found: Selection) -> Generator[Sequence[Any]]:
     """The rows of each message, in a transaction that changes nothing."""
     return _read(db, found.select(*found.columns(_rowid)))
 
 
-def _read(db: Connection, statement: Select[Any]) -> Iterator[Sequence[Any]]:
-    yield from db.execute(statement, execution_options={"yield_per": READ_AHEAD})
+def _read(db: Connection, statement: Select[Any]) -> Generator[Sequence[Any]]:
+    with db.execute(statement, execution_options={"yield_per": READ_AHEAD}) as found:
+        yield from found
 
 
 def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str | None) -> None:
@@ -325,8 +326,9 @@ def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str
     # By the driver itself: SQLAlchemy takes longer to bind the values than SQLite to write them.
     change = f"UPDATE messages SET {', '.join(f'{name} = ?' for name in UPDATED_COLUMNS)} WHERE rowid = ?"  # noqa: S608
     record = None if rebind_id is None else _record_batch(rebind_id)
-    with _index_rebuilt(db, found.are_most):
-        for batch in batches(decide(_read(db, each))):
+    # If `decide` raises, a statement that is still open would keep the next rebind from changing the index.
+    with _index_rebuilt(db, found.are_most), closing(_read(db, each)) as read:
+        for batch in batches(decide(read)):
             if record is not None:
                 db.execute(record, {"updates": to_json([(one.at, one.queue, one.changes) for one in batch])})
             db.exec_driver_sql(change, [one[:7] for one in batch])
