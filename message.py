@@ -88,7 +88,7 @@ def changes(before: Message, after: Message) -> Changes:
         found["sender"] = after.sender
     if after.recipient != before.recipient:
         domain_of(after.recipient)
-        found["recipient"] = after.recipient
+        found["recipient"] = recipient_of(recipient_text(after.recipient))  # a list of one is stored as an address
     return found
 
 

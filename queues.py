@@ -93,8 +93,6 @@ class QueueRegistry:
         Raises NoHandler, HandlerFailed, UnknownRebind, NothingToUndo, KeyReused and StoreRefused: nothing was done.
         Raises StoreUnavailable: nothing was done unless the answer to the commit was lost, as its message says.
         """
-        if request.trigger_rebind_event:
-            event.connected()
         if request.dry_run:
             with self.database.begin_read() as db:
                 return self._rehearse(db, request)
