@@ -2,10 +2,8 @@
 
 import json
 import math
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
-from uuid import UUID
 
 MAX_DEPTH = 200  # nesting of what a handler or a file may set: well within what Python and both engines can read
 MAX_BITS = 14_000  # of a whole number: Python reads and writes at most 4,300 digits
@@ -123,14 +121,6 @@ def domain_of(recipient: str | list[str]) -> str:
     if not addresses:
         raise ValueError("there is no recipient")
     return addresses[0].rpartition("@")[2].lower()
-
-
-def created_by_id(id: str) -> float | None:
-    """When KumoMTA created the message, in seconds since 1970: its ids are UUIDs of version 1. None for other ids."""
-    with suppress(ValueError):
-        if (uuid := UUID(id)).version == 1:
-            return uuid.time / 1e7 - 12_219_292_800  # counted from 15 October 1582 (RFC 9562, section 5.1)
-    return None
 
 
 def recipient_text(recipient: str | list[str]) -> str:
