@@ -371,7 +371,7 @@ def test_the_history_says_what_an_undo_did(queues: QueueRegistry, url: str) -> N
     first = ask(queues, {"tenant": "t"})
     undo(queues, first, reason="a mistake")
     row = history(url)[-1]
-    asked = {"reason": "a mistake", "data": {}, "unset": [], "undo": first.rebind_id}
+    asked: dict[str, Any] = {"reason": "a mistake", "data": {}, "unset": [], "undo": first.rebind_id}
     assert (row["request"], row["matched"], row["moved"], row["flushed"], row["left_alone"]) == (asked, 1, 1, 1, 0)
 
 
@@ -471,8 +471,9 @@ def test_a_record_comes_once_in_whatever_order_transactions_commit(
             "w": lambda number: writers[number].execute(delivery(number)),
             "c": lambda number: writers[number].commit(),
         }
-        steps = iter([partial(step[name], number) for name, number in order.split()])
-        written = [number for name, number in order.split() if name == "w"]
+        pairs = [(each[0], each[1]) for each in order.split()]
+        steps = iter([partial(step[name], number) for name, number in pairs])
+        written = [number for name, number in pairs if name == "w"]
         assert follow(queues, monkeypatch, steps, at_looks) == written
 
 

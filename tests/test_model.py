@@ -65,10 +65,9 @@ def model(rows: list[Row], request: RebindRequest, done: dict[str, Done]) -> tup
         what.before[row["id"]] = copy.deepcopy(row)
         what.changed[row["id"]] = {*request.data, *request.unset}
         if first or request.trigger_rebind_event:
-            keys = {*row["meta"], *new["meta"]}
-            what.changed[row["id"]] = {
-                key for key in keys if not same(row["meta"].get(key, NOW), new["meta"].get(key, NOW))
-            }
+            old, now = row["meta"], new["meta"]
+            differs = {key for key in {*old, *now} if not same(old.get(key, NOW), now.get(key, NOW))}
+            what.changed[row["id"]] = differs
         row |= new
         what.after[row["id"]] = copy.deepcopy(row)
     return what, left
