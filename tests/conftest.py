@@ -276,7 +276,7 @@ def is_problem(
     return True
 
 
-UNAVAILABLE = re.compile("the database cannot do this now: .+", re.DOTALL)
+UNAVAILABLE = re.compile("the database (cannot do this now: .+|is out of reach)", re.DOTALL)
 
 
 def is_unavailable(answer: requests.Response | Answer, detail: str | re.Pattern[str] = UNAVAILABLE) -> bool:
