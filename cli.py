@@ -5,26 +5,30 @@ import getpass
 import itertools
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any, BinaryIO, TypeVar
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any, TypeVar
 
 import click
 from flask import Flask
 from marshmallow import ValidationError
-from marshmallow.exceptions import SCHEMA
 
 from event import HandlerFailed, NoHandler
 from history import KeyReused, LogFilter, NothingToUndo, UnknownRebind, printable
+from kumo import WrongFile, by_field, read_messages, shown_message
 from message import NewMessage
 from names import Criteria, QueueName
-from queues import DuplicateMessage, QueueSummary, registry
-from schemas import NotJSON, inspected_messages, parse_json, rebind_query, rebind_request
+from queues import DuplicateMessage, Loaded, QueueSummary, registry
+from schemas import NotJSON, parse_json, rebind_query, rebind_request
 from store import StoreError
 
 Answer = TypeVar("Answer")
@@ -46,9 +50,8 @@ class Time(click.ParamType[float]):
 POLL = 0.5  # seconds between two looks for new records
 DRAW = 2**16  # bytes between two drawings of the progress bar
 MAX_KEY = 2**63 - 1  # what both engines can count to
-REFUSALS = (DuplicateMessage, NoHandler, HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
+REFUSALS = (DuplicateMessage, WrongFile, OSError, NoHandler, HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
 MIN_WIDTH = 12  # to which a column is cut at most
-MAX_REASONS = 5  # that an error names, of all that is wrong in one answer
 
 
 def init_app(app: Flask) -> None:
@@ -58,22 +61,43 @@ def init_app(app: Flask) -> None:
 
 
 @click.command()
-@click.argument("files", type=click.File("rb"), nargs=-1, required=True)
-def load(files: tuple[BinaryIO, ...]) -> None:
+@click.argument("files", type=click.Path(allow_dash=True), nargs=-1, required=True)
+def load(files: tuple[str, ...]) -> None:
     """Load messages from FILES, or standard input (-): all of them or, when something is wrong, none.
 
-    A file holds answers of KumoMTA's inspect-message or inspect-sched-q, one in all or one a line.
+    A file holds answers of KumoMTA's inspect-message or inspect-sched-q, one after the other.
     """
-    sizes = [os.fstat(file.fileno()).st_size for file in files]
+    sizes = answered(lambda: [(os.fstat(0) if file == "-" else Path(file).stat()).st_size for file in files])
     length = sum(sizes) if all(sizes) else None  # of a pipe it is not known
     label, hidden = "loading", not sys.stderr.isatty()
     with click.progressbar(
         itertools.count(), length, label, file=sys.stderr, hidden=hidden, update_min_steps=DRAW
     ) as bar:
-        new = (message for file in files for message in read_messages(file, bar.update))
-        answered(registry.prepare)
-        loaded, discarded = answered(lambda: registry.load(new))
-    click.echo(f"{loaded} messages loaded, {discarded} discarded")
+        loaded = answered(lambda: load_checked(files, bar.update))
+    empty = f", {loaded.empty} of them without content" if loaded.empty else ""
+    click.echo(f"{loaded.messages} messages loaded{empty}, {loaded.discarded} discarded")
+
+
+def load_checked(files: tuple[str, ...], progress: Callable[[int], None]) -> Loaded:
+    """Load messages after all of them were read and checked, which may take long: no lock is held meanwhile.
+
+    docs/contract.md, "Loading and printing messages".
+    """
+    with TemporaryFile() as kept:
+        for name in files:
+            with click.open_file(name, "rb") as file:
+                for message in read_messages(file, progress):
+                    pickle.dump(message, kept)
+        kept.seek(0)
+        registry.prepare()
+        return registry.load(unpickled(kept))
+
+
+def unpickled(file: IO[bytes]) -> Iterator[NewMessage]:
+    """The messages in a file of our own."""
+    with suppress(EOFError):
+        while True:
+            yield pickle.load(file)  # noqa: S301
 
 
 def criteria_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -223,13 +247,6 @@ def prune(before: float, dry_run: bool) -> None:
     click.echo(f"{pruned.records} records and {pruned.rebinds} rebinds {done}")
 
 
-def shown_message(row: Any, content: bool) -> dict[str, Any]:
-    """A row of `messages` in the shape of KumoMTA's inspect-message, with what that does not tell."""
-    due = datetime.fromtimestamp(row.due, UTC).isoformat()
-    message = {"sender": row.sender, "recipient": row.recipient, "meta": row.meta}
-    return {"id": row.id, "message": message | {"due": due, "num_attempts": row.num_attempts}}
-
-
 def progress_bar(label: str, length: int | None) -> Any:
     """A bar on a terminal, and nothing elsewhere. Without a length it only counts."""
     hidden = not sys.stderr.isatty()
@@ -262,51 +279,6 @@ def age(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f}{unit}"
     return f"{max(seconds, 0):.0f}s"
-
-
-def read_messages(file: BinaryIO, progress: Callable[[int], None]) -> Iterator[NewMessage]:
-    """The messages of a file; one line, or one whole document, is in memory at once.
-
-    progress: is told of each text that was read, how many bytes it has.
-    Raises click.ClickException with file, line and field of what is wrong.
-    """
-    for line, text in documents(file):
-        progress(len(text))
-        text = text.rstrip()  # so that what ends too early ends on its own line
-        if not text:
-            continue
-        source = f"{file.name}:{line}"
-        try:
-            yield from inspected_messages(parse_json(text, line), source)
-        except NotJSON as error:
-            raise failure(f"{source}: this is not JSON that can be read: {error}") from error
-        except ValidationError as error:
-            reasons = list(by_field(error.messages))
-            more = [f"and {len(reasons) - MAX_REASONS} more"] if len(reasons) > MAX_REASONS else []
-            raise failure(f"{source}: {'; '.join(reasons[:MAX_REASONS] + more)}") from error
-
-
-def documents(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers, blank ones too.
-
-    Where the first that is not blank is no object of its own, it comes with all that follows it.
-    """
-    lines = enumerate(file, 1)
-    for line, text in lines:
-        if text.strip():
-            yield line, text if text.rstrip().endswith(b"}") else text + file.read()
-            break
-        yield line, text
-    yield from lines
-
-
-def by_field(messages: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """marshmallow's tree of error messages as lines `field: reason`, the field with its path."""
-    if isinstance(messages, dict):
-        for field, below in messages.items():
-            yield from by_field(below, path if field == SCHEMA else (*path, str(field)))
-    else:
-        yield ": ".join(filter(None, (".".join(path), " ".join(messages))))
 
 
 def answered(question: Callable[[], Answer]) -> Answer:

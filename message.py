@@ -43,9 +43,15 @@ class NewMessage:
     recipient: str | list[str]
     content: bytes = b""
     meta: dict[str, Any] = field(default_factory=dict)
+    created: float | None = None
+    """When it was received, in seconds since 1970; None is now."""
     due: float | None = None
     """When it is eligible for delivery, in seconds since 1970; None is now."""
     num_attempts: int = 0
+    domain: str | None = None
+    """The domain that names its queue; None is the first recipient's."""
+    queue: str | None = None
+    """The queue that it is in; None is the one that its metadata names."""
     source: str = ""
     """Where it comes from, for error messages: a file and line."""
 
@@ -74,7 +80,7 @@ def changes(before: Message, after: Message) -> Changes:
     data = {k: v for k, v in after.meta.items() if old.get(k, _MISSING) is not v and not _is_same(old, k, v)}
     if data:
         check_json(data)
-        if {*map(type, data.values())} > {str}:
+        if {*map(type, data.values())} != {str}:
             data = from_json(to_json(data))  # plain types, whatever classes a handler used
         found["data"] = data
     if unset := [key for key in old if key not in after.meta]:
@@ -84,7 +90,7 @@ def changes(before: Message, after: Message) -> Changes:
         found["sender"] = after.sender
     if after.recipient != before.recipient:
         domain_of(after.recipient)
-        found["recipient"] = after.recipient
+        found["recipient"] = recipient_of(recipient_text(after.recipient))  # a list of one is stored as an address
     return found
 
 

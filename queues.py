@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import CTE, ColumnElement, Connection, func, insert, select, true
 from sqlalchemy.engine import make_url
@@ -37,7 +36,7 @@ from message import (
     recipient_text,
     to_json,
 )
-from moving import BATCH, MAX_MOVES, READ_AHEAD, Move, NewState, Plan, Row, Selection, Update, plan
+from moving import MAX_MOVES, READ_AHEAD, Move, NewState, Plan, Row, Selection, Update, batches, plan
 from names import ALL_QUEUES, DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
 from store import MAX_NAME, TOO_LONG, Database, StoreConflict, StoreRefused, StoreUnusable, contents, messages
 
@@ -59,6 +58,14 @@ class QueueSummary:
     """When the oldest of its messages was received, in seconds since 1970."""
     attempts: int
     """The most attempts that one of its messages has had."""
+
+
+class Loaded(NamedTuple):
+    """How many messages were added, how many of those have no content, and how many were discarded."""
+
+    messages: int
+    empty: int
+    discarded: int
 
 
 class DuplicateMessage(Exception):
@@ -91,8 +98,6 @@ class QueueRegistry:
         Raises NoHandler, HandlerFailed, UnknownRebind, NothingToUndo, KeyReused and StoreRefused: nothing was done.
         Raises StoreUnavailable: nothing was done unless the answer to the commit was lost, as its message says.
         """
-        if request.trigger_rebind_event:
-            event.connected()
         if request.dry_run:
             with self.database.begin_read() as db:
                 return self._rehearse(db, request, progress)
@@ -148,27 +153,24 @@ class QueueRegistry:
         flushed = planned.matched if request.always_flush else planned.moved
         return RebindResult(planned.matched, planned.moved, flushed, left, plan=planned)
 
-    def load(self, new: Iterable[NewMessage]) -> tuple[int, int]:
-        """Add messages, all or none of them. Returns how many were added and how many, for queue `null`, discarded.
+    def load(self, new: Iterable[NewMessage]) -> Loaded:
+        """Add messages, all or none of them, except those for the queue `null`, which are discarded.
 
-        The messages are read before the store is locked for as long as one batch needs, and then batch by batch.
-
+        The store may be locked for as long as they take to be read.
         Raises DuplicateMessage, StoreRefused and StoreUnavailable, and ValueError if a recipient has no domain.
         """
-        loaded = discarded = 0
-        stream = iter(new)
-        batch = list(islice(stream, BATCH))
+        added = empty = discarded = 0
         with self.database.begin_write() as db:
-            while batch:
+            for batch in batches(new, lambda one: len(one.content)):
                 rows = [row for row in map(_row, batch) if row["queue"] != DISCARDED]
                 _refuse_duplicates(db, batch)
                 if rows:
                     db.execute(insert(messages), rows)
                     db.execute(insert(contents), [{"id": row["id"], "data": row["content"]} for row in rows])
-                loaded += len(rows)
+                added += len(rows)
+                empty += sum(not row["content"] for row in rows)
                 discarded += len(batch) - len(rows)
-                batch = list(islice(stream, BATCH))
-        return loaded, discarded
+        return Loaded(added, empty, discarded)
 
     def queues(self, criteria: Criteria = ALL_QUEUES) -> list[QueueSummary]:
         """The queues that match, by name. Raises StoreUnavailable."""
@@ -365,16 +367,16 @@ def _copied(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(new: NewMessage) -> dict[str, Any]:
-    now, domain = time.time(), domain_of(new.recipient)
+    now, domain = time.time(), new.domain or domain_of(new.recipient)
     return {
         "id": new.id,
         "sender": new.sender,
         "recipient": new.recipient,
         "domain": domain,
-        "queue": queue_name(new.meta, domain),
+        "queue": queue_name(new.meta, domain) if new.queue is None else new.queue,
         "meta": new.meta,
         "size": len(new.content),
-        "created": now,
+        "created": now if new.created is None else new.created,
         "due": now if new.due is None else new.due,
         "num_attempts": new.num_attempts,
         "content": new.content,

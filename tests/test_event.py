@@ -210,7 +210,7 @@ class Pool(str, Enum):  # noqa: UP042
 
 def test_a_handler_may_set_a_string_of_a_class_of_its_own(queues: QueueRegistry, url: str) -> None:
     def move(message: Message, data: dict[str, str]) -> None:
-        message.meta["queue"] = message.sender = Pool.VIP
+        message.meta["campaign"] = message.sender = Pool.VIP
 
     rebind.connect(move, weak=False)
     queues.load([message()])
@@ -218,8 +218,8 @@ def test_a_handler_may_set_a_string_of_a_class_of_its_own(queues: QueueRegistry,
     ((row,), (record,)) = stored(url), logged(url)
     for found in (row, record):
         assert (found["queue"], found["meta"], found["sender"]) == (
-            "vip.example",
-            {"queue": "vip.example"},
+            "vip.example:@example.com",
+            {"campaign": "vip.example"},
             "vip.example",
         )
 
@@ -267,7 +267,7 @@ class Callee:
 @pytest.mark.parametrize(
     "handler", [Callee(), Callee().method, partial(Callee().method)], ids=["an object", "a method", "a partial"]
 )
-def test_a_handler_that_is_no_plain_function_is_named(queues: QueueRegistry, handler: Handler) -> None:
+def test_a_handler_that_is_not_a_plain_function_is_named(queues: QueueRegistry, handler: Handler) -> None:
     rebind.connect(handler, weak=False)
     new = message()
     queues.load([new])
@@ -334,7 +334,7 @@ def test_a_message_that_cannot_be_kept_is_the_handlers_failure(queues: QueueRegi
 
 def test_a_policy_and_its_handlers_stay(tmp_path: Path) -> None:
     file = tmp_path / "site.py"
-    file.write_text("from queues import rebind\n\n@rebind.connect\ndef handler(message, data):\n    pass\n")
+    file.write_text("from event import rebind\n\n@rebind.connect\ndef handler(message, data):\n    pass\n")
     event.load_policy(str(file))
     gc.collect()
     assert [(handler.__module__, handler.__qualname__) for handler in rebind.handlers()] == [
@@ -343,7 +343,7 @@ def test_a_policy_and_its_handlers_stay(tmp_path: Path) -> None:
 
 
 def test_a_policy_may_be_named_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "site.py").write_text("from queues import rebind\nrebind.connect(print, weak=False)\n")
+    (tmp_path / "site.py").write_text("from event import rebind\nrebind.connect(print, weak=False)\n")
     monkeypatch.chdir(tmp_path)
     event.load_policy("site.py")
     assert rebind.handlers() == [print]
@@ -364,7 +364,7 @@ def test_a_policys_handlers_are_those_that_a_rebind_calls(queues: QueueRegistry,
         (None, "FileNotFoundError: "),
         ("def handler(message data):\n", "SyntaxError: "),
         ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("from queues import no_such_name\n", "ImportError: cannot import name 'no_such_name'"),
+        ("from event import no_such_name\n", "ImportError: cannot import name 'no_such_name'"),
         ("raise RuntimeError('not today')\n", "RuntimeError: not today"),
         ("a = '\0'\n", "SyntaxError: |ValueError: "),
         ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "SyntaxError: |ValueError: "),
@@ -380,43 +380,17 @@ def test_a_policy_that_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ["site.txt", "site", ""])
-def test_a_policy_that_is_no_python_file_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_policy_that_is_not_a_python_file_is_refused(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
-    with pytest.raises(event.PolicyError, match=rf"the policy {file} is no Python file"):
+    with pytest.raises(event.PolicyError, match=rf"the policy {file} is not a Python file"):
         event.load_policy(str(file))
 
 
-@pytest.mark.sqlite
-def test_a_message_whose_metadata_a_sender_wrote_as_bytes_is_rebound(queues: QueueRegistry, url: str) -> None:
-    """SQLite keeps them as a blob."""
-    queues.load([message(meta={"tenant": "t"})])
-    run_sql(url, "UPDATE messages SET meta = CAST(meta AS BLOB)")
-    with rebind.connected_to(do("message.meta['queue'] = message.meta['tenant']")):
-        assert trigger(queues).moved == 1
-    assert [(row["queue"], row["meta"]) for row in stored(url)] == [("t", {"tenant": "t", "queue": "t"})]
-
-
-@pytest.mark.parametrize("due", ["1e999", "-1e999"])
-def test_a_message_that_is_due_never_or_always_is_rebound_and_stays_so(
-    queues: QueueRegistry, url: str, due: str
-) -> None:
-    queues.load([message()])
-    infinite = due if url.startswith("sqlite") else f"'{due.replace('1e999', 'Infinity')}'"
-    run_sql(url, f"UPDATE messages SET due = {infinite}")
-    with rebind.connected_to(do("message.meta['note'] = 'x'")):
-        assert trigger(queues).matched == 1
-    assert [(row["due"], row["meta"]) for row in stored(url)] == [(float(due), {"note": "x"})]
-
-
-def test_a_message_is_named_by_its_recipient_whatever_handlers_did_to_it_and_its_sender_gave(
-    queues: QueueRegistry, url: str
-) -> None:
-    """The second handler puts back what the first one changed."""
+def test_a_change_that_another_handler_takes_back_is_not_a_change(queues: QueueRegistry, url: str) -> None:
     queues.load([message("ada@a.example")])
-    run_sql(url, "UPDATE messages SET domain = 'stale.example'")
+    run_sql(url, "UPDATE messages SET domain = 'relay.example:2525', queue = 'relay.example:2525'")
     handlers = [rebind.connect(do("message.recipient = message.recipient.replace('a.example', 'sink.example')"))]
     handlers.append(rebind.connect(do("message.recipient = message.recipient.replace('sink.example', 'a.example')")))
-    assert trigger(queues).matched == 1
-    assert [(row["recipient"], row["domain"], row["queue"]) for row in stored(url)] == [
-        ("ada@a.example", "a.example", "a.example")
-    ]
+    before = stored(url)
+    assert counts(trigger(queues)) == (1, 0, 0)
+    assert stored(url) == before

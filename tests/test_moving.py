@@ -1,4 +1,4 @@
-"""Tests of bulk.py: every way in which messages are changed does the same, and leaves the tables as they were.
+"""Tests of moving.py and the engines: every way to change messages has the same result, and leaves the tables intact.
 
 What a rebind does is tested in test_registry.py, however it is done.
 """
@@ -123,6 +123,7 @@ def test_a_new_sqlite_store_has_large_pages_and_one_with_others_is_used_as_it_is
         with closing(sqlite3.connect(file)) as db:
             db.execute("CREATE TABLE of_an_earlier_version (x)")
     queues.bind(f"sqlite:///{file}", busy_timeout=30)
+    queues.prepare()
     queues.load([message("ada@a.example")])
     assert counts(ask(queues, {"queue": "b"})) == (1,) * 3
     with closing(sqlite3.connect(file)) as db:
@@ -143,8 +144,9 @@ def test_a_store_whose_index_somebody_dropped_gets_it_back(queues: QueueRegistry
 def test_a_sites_own_trigger_on_messages_causes_no_record(queues: QueueRegistry, tmp_path: Path, event: bool) -> None:
     url = f"sqlite:///{tmp_path / 'queues.db'}"
     queues.bind(url, busy_timeout=30)
+    queues.prepare()
     queues.load([message() for _ in range(3)])
-    count_tries = "UPDATE messages SET num_attempts = num_attempts + 1 WHERE key = new.key"
+    count_tries = "UPDATE messages SET num_attempts = num_attempts + 1 WHERE id = new.id"
     run_sql(url, f"CREATE TRIGGER tried AFTER UPDATE OF queue ON messages BEGIN {count_tries}; END")
     with rebind.connected_to(set_data):
         assert counts(ask(queues, {"queue": "b"}, trigger_rebind_event=event)) == (3, 3, 3)

@@ -15,6 +15,7 @@ from conftest import (
     ask,
     contents,
     counts,
+    history,
     in_order,
     locked,
     logged,
@@ -31,10 +32,11 @@ from sqlalchemy.exc import DBAPIError
 
 import store
 from event import HandlerFailed, rebind
+from history import RebindResult
 from message import Message
-from moving import BATCH
+from moving import BATCH, Move, Plan
 from names import queue_name
-from queues import DuplicateMessage, QueueRegistry, QueueSummary
+from queues import DuplicateMessage, Loaded, QueueRegistry, QueueSummary
 from store import MAX_NAME, StoreRefused
 
 FLAGS = ("trigger_rebind_event", "always_flush", "suppress_logging")
@@ -91,11 +93,13 @@ def test_criteria_are_compared_with_the_queues_name_and_not_with_metadata(queues
     assert names(url) == ["q", "pinned"]
 
 
-def test_a_request_that_matches_nothing_does_nothing(queues: QueueRegistry, url: str) -> None:
+def test_a_request_that_matches_nothing_is_only_in_the_history(queues: QueueRegistry, url: str) -> None:
     assert counts(ask(queues, {"queue": "q"}, always_flush=True)) == (0, 0, 0), "there is no message at all"
     queues.load([message()])
-    with nothing_changes(url):
-        assert counts(ask(queues, {"queue": "q"}, campaign="none", always_flush=True)) == (0, 0, 0)
+    before = stored(url)
+    assert counts(ask(queues, {"queue": "q"}, campaign="none", always_flush=True)) == (0, 0, 0)
+    assert (stored(url), logged(url)) == (before, [])
+    assert [(row["matched"], row["moved"], row["flushed"]) for row in history(url)] == [(0, 0, 0)] * 2
 
 
 def test_a_message_that_moves_into_another_matched_queue_is_handled_once(queues: QueueRegistry, url: str) -> None:
@@ -174,14 +178,8 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_text_is_text_wherever_it_stands(queues: QueueRegistry, url: str, text: str) -> None:
     queues.load([message(meta={"campaign": "c", "tenant": "t", "routing_domain": "r"})])
-    with nothing_changes(url):
-        criteria: list[dict[str, Any]] = [
-            {"campaign": text},
-            {"tenant": text},
-            {"domain": text},
-            {"routing_domain": text},
-        ]
-        assert [counts(ask(queues, {"queue": "b"}, **criterion)) for criterion in criteria] == [(0, 0, 0)] * 4
+    criteria: list[dict[str, Any]] = [{key: text} for key in ("campaign", "tenant", "domain", "routing_domain")]
+    assert [counts(ask(queues, {"queue": "b"}, **criterion)) for criterion in criteria] == [(0, 0, 0)] * 4
     ask(queues, {"a": text, text: "b"}, reason=text, domain="example.com")
     (record,) = queues.records()
     assert record["meta"] == {"campaign": "c", "tenant": "t", "routing_domain": "r", "a": text, text: "b"}
@@ -239,7 +237,7 @@ def test_numbers_and_booleans_stay_what_they_are(queues: QueueRegistry, url: str
     ids=str,
 )
 @pytest.mark.parametrize("event", [False, SLOW_EVENT], ids=["data", "event"])
-def test_the_queue_is_named_anew(
+def test_the_queue_is_named_again(
     queues: QueueRegistry, url: str, event: bool, meta: dict[str, Any], data: dict[str, str], name: str
 ) -> None:
     queues.load([message(meta=meta)])
@@ -372,10 +370,80 @@ def test_a_limit_of_no_fewer_than_match_picks_all(queues: QueueRegistry, limit: 
     assert counts(ask(queues, {"queue": "q"}, limit=limit)) == (3, 3, 3)
 
 
-def test_of_messages_due_at_once_a_limit_picks_those_that_came_first(queues: QueueRegistry, url: str) -> None:
-    queues.load([message() for _ in range(3)])
-    ask(queues, {"queue": "q"}, limit=2)
-    assert names(url) == ["q", "q", "example.com"]
+@BY_DATA_AND_BY_EVENT
+def test_of_messages_due_at_once_a_limit_picks_the_smallest_ids(queues: QueueRegistry, url: str, event: bool) -> None:
+    queues.load([message(id=id) for id in ("é", "b", "B")])
+    with rebind.connected_to(set_data):
+        ask(queues, {"queue": "q"}, limit=2, trigger_rebind_event=event)
+    assert {row["id"]: row["queue"] for row in stored(url)} == {"B": "q", "b": "q", "é": "example.com"}
+
+
+@pytest.mark.parametrize(
+    ("data", "unset"), [({"tenant": "t"}, ()), ({"note": "x"}, ("campaign",))], ids=["set", "unset"]
+)
+def test_the_same_request_with_a_limit_moves_the_next_ones(
+    queues: QueueRegistry, url: str, data: dict[str, str], unset: tuple[str, ...]
+) -> None:
+    queues.load([message(meta=data, due=0.5), *(message(meta={"campaign": "c"}, due=due) for due in (3.0, 1.0, 2.0))])
+    seen = []
+    for _ in range(3):
+        dry = ask(queues, data, unset=unset, limit=2, dry_run=True)
+        seen.append(counts(ask(queues, data, unset=unset, limit=2)))
+        assert counts(dry) == seen[-1]
+    assert seen == [(2, 2, 2), (1, 1, 1), (0, 0, 0)]
+    assert [record["id"] for record in logged(url)] == [stored(url)[n]["id"] for n in (2, 3, 1)]
+
+
+@pytest.mark.parametrize("event", [False, True], ids=["no naming key", "event"])
+def test_a_limit_does_not_skip_messages_if_nothing_says_where_they_would_go(queues: QueueRegistry, event: bool) -> None:
+    queues.load([message(due=4e9) for _ in range(3)])
+    data = {"queue": "q"} if event else {"note": "x"}
+    with rebind.connected_to(set_data):
+        seen = [counts(ask(queues, data, limit=2, trigger_rebind_event=event)) for _ in range(2)]
+    assert seen == ([(2, 2, 2), (2, 0, 0)] if event else [(2, 0, 0)] * 2)
+
+
+# unset
+
+
+def test_unset_removes_keys_before_the_queue_is_named(queues: QueueRegistry, url: str) -> None:
+    queues.load(
+        [
+            message(meta={"queue": "pinned", "campaign": "c", "é.$": [1], "kept": None}),
+            message(meta={"campaign": "c", "routing_domain": "hold.invalid"}),
+        ]
+    )
+    unset = ("queue", "routing_domain", "é.$", "nobody's")
+    assert counts(ask(queues, {"tenant": "t"}, unset=unset)) == (2, 2, 2)
+    assert metas(url) == [{"campaign": "c", "tenant": "t", "kept": None}, {"campaign": "c", "tenant": "t"}]
+    assert names(url) == ["c:t@example.com"] * 2
+    assert [record["meta"] for record in logged(url)] == metas(url)
+
+
+# The plan of a dry run
+
+
+@BY_DATA_AND_BY_EVENT
+def test_a_dry_run_plans_how_many_go_from_where_to_where(queues: QueueRegistry, event: bool) -> None:
+    tenants = ["a", "b", "b", "c", "t", "t", "t"]
+    queues.load(message(meta={"tenant": tenant}) for tenant in tenants)
+    with rebind.connected_to(set_data):
+        planned = ask(queues, {"tenant": "t"}, dry_run=True, trigger_rebind_event=event).plan
+    moves = [Move(f"{tenant}@example.com", "t@example.com", tenants.count(tenant)) for tenant in "tbac"]
+    assert planned == Plan(matched=7, moved=4, moves=moves, more=0)
+
+
+@BY_DATA_AND_BY_EVENT
+def test_a_plan_has_a_hundred_entries_at_most(queues: QueueRegistry, event: bool) -> None:
+    queues.load([*(message(meta={"queue": f"q{n:03}"}) for n in range(102)), message(meta={"queue": "q101"})])
+    with rebind.connected_to(set_data):
+        planned = ask(queues, {"queue": "to"}, dry_run=True, trigger_rebind_event=event).plan
+    moves = [Move("q101", "to", 2), *(Move(f"q{n:03}", "to", 1) for n in range(99))]
+    assert planned == Plan(matched=103, moved=103, moves=moves, more=2)
+
+
+def test_the_plan_of_nothing_is_empty(queues: QueueRegistry) -> None:
+    assert ask(queues, {"queue": "q"}, dry_run=True) == RebindResult(0, 0, 0, plan=Plan(0, 0, [], 0))
 
 
 def test_a_limit_counts_only_messages_that_match(queues: QueueRegistry, url: str) -> None:
@@ -402,8 +470,9 @@ def test_a_record_says_what_became_of_a_message(queues: QueueRegistry, url: str,
     queues.load([new])
     with rebind.connected_to(set_data):
         result = ask(queues, {"tenant": "u"}, reason="réason: %s {}", actor="ada", trigger_rebind_event=event)
-    (created,), (event_time,) = [row["created"] for row in stored(url)], [row["event_time"] for row in logged(url)]
-    assert list(queues.records()) == [
+    (row,), (rebound,) = stored(url), history(url)
+    created, event_time = row["created"], rebound["event_time"]
+    assert logged(url) == [
         {
             "type": "AdminRebind",
             "id": new.id,
@@ -439,7 +508,7 @@ def test_a_record_says_what_became_of_a_message(queues: QueueRegistry, url: str,
             "actor": "ada",
         }
     ]
-    assert [row["due"] for row in stored(url)] == [event_time]
+    assert row["due"] == event_time
 
 
 def test_a_rebind_has_an_id_of_its_own(queues: QueueRegistry) -> None:
@@ -475,14 +544,16 @@ def test_records_come_oldest_first_however_many(queues: QueueRegistry) -> None:
     assert [record["id"] for record in in_order(queues.records())] == ids
 
 
-@pytest.mark.parametrize("after", [0, 1, BATCH, 2 * BATCH + 2])
-def test_the_first_records_may_be_left_out(queues: QueueRegistry, after: int) -> None:
+@pytest.mark.parametrize("after", [0, 1, BATCH, 2 * BATCH + 1])
+def test_the_log_continues_after_the_record_with_a_key(queues: QueueRegistry, after: int) -> None:
     new = [message() for _ in range(2 * BATCH + 1)]
     queues.load(new)
     ask(queues)
     records = list(queues.records())
     assert len(records) == len(new)
-    assert list(queues.records(after=after)) == records[after:]
+    keys = [record["key"] for record in records]
+    assert keys == sorted(set(keys))
+    assert list(queues.records(after=keys[after - 1] if after else 0)) == records[after:]
 
 
 def test_records_that_are_followed_come_when_they_are_written(queues: QueueRegistry) -> None:
@@ -504,7 +575,7 @@ def test_records_that_are_followed_come_when_they_are_written(queues: QueueRegis
 def test_a_message_is_stored_as_it_was_loaded(queues: QueueRegistry, url: str) -> None:
     new = message("Ada@Example.COM", meta={"tenant": "t", "é": [1]}, content=b"\0\xff", due=1.25, num_attempts=7)
     start = time.time()
-    assert queues.load([new]) == (1, 0)
+    assert queues.load([new]) == Loaded(messages=1, empty=0, discarded=0)
     (row,) = stored(url)
     assert start <= row["created"] <= time.time()
     assert row == row | {
@@ -530,14 +601,14 @@ def test_a_message_without_a_time_is_due_when_it_is_loaded(queues: QueueRegistry
 def test_a_load_discards_messages_for_the_queue_null(queues: QueueRegistry, url: str) -> None:
     kept = [message(meta={"queue": name}) for name in ("Null", "", "null@example.com", "t@null")]
     gone = [message(meta={"queue": "null"}) for _ in range(2)]
-    assert queues.load([gone[0], *kept, gone[1]]) == (4, 2)
+    assert queues.load([gone[0], *kept, gone[1]]) == Loaded(messages=4, empty=0, discarded=2)
     assert [row["id"] for row in stored(url)] == [each.id for each in kept]
     assert contents(url).keys() == {each.id for each in kept}
 
 
 def test_a_load_of_nothing_adds_nothing(queues: QueueRegistry) -> None:
-    assert queues.load([]) == (0, 0)
-    assert queues.load([message(meta={"queue": "null"})]) == (0, 1)
+    assert queues.load([]) == Loaded(messages=0, empty=0, discarded=0)
+    assert queues.load([message(meta={"queue": "null"})]) == Loaded(messages=0, empty=0, discarded=1)
     assert queues.queues() == []
 
 
@@ -545,7 +616,7 @@ def test_an_id_that_is_there_is_refused_and_nothing_is_added(queues: QueueRegist
     new = message()
     queues.load([new])
     before = stored(url)
-    with pytest.raises(DuplicateMessage, match=f"^file 7: the message id {new.id} is there already$"):
+    with pytest.raises(DuplicateMessage, match=f"^file 7: message id {new.id} already exists$"):
         queues.load([*(message() for _ in range(BATCH)), message(id=new.id, source="file 7")])
     assert stored(url) == before
 
@@ -559,7 +630,7 @@ def test_an_id_that_comes_twice_is_refused(queues: QueueRegistry, url: str, betw
 
 
 def test_a_recipient_without_a_domain_is_refused_and_nothing_is_added(queues: QueueRegistry, url: str) -> None:
-    with pytest.raises(ValueError, match="'ada' is no address"):
+    with pytest.raises(ValueError, match="'ada' is not an address"):
         queues.load([*(message() for _ in range(BATCH)), message("ada")])
     assert stored(url) == []
 
@@ -615,7 +686,7 @@ def test_a_message_is_named_by_the_domain_that_its_sender_gave(queues: QueueRegi
 
 
 @pytest.mark.parametrize("meta", ["[]", "null", "1", '"a"', "true", "", "{", '{"a": NaN}'], ids=repr)
-def test_metadata_that_is_no_object_is_refused(queues: QueueRegistry, url: str, meta: str) -> None:
+def test_metadata_that_is_not_an_object_is_refused(queues: QueueRegistry, url: str, meta: str) -> None:
     with pytest.raises(DBAPIError, match=r"meta_is_object|malformed|json"):
         run_sql(url, insert_message("s1", meta))
     assert stored(url) == []
@@ -631,7 +702,7 @@ def test_a_message_that_is_deleted_takes_its_content_along(queues: QueueRegistry
 def test_a_sender_that_writes_half_a_character_does_not_keep_others_from_being_rebound(
     queues: QueueRegistry, url: str
 ) -> None:
-    """PostgreSQL refuses such JSON; SQLite takes it, and makes of it text that is no UTF-8."""
+    """PostgreSQL refuses such JSON. SQLite accepts it, and reads text from it that is not UTF-8."""
     queues.load([message(id="other")])
     with suppress(DBAPIError):
         run_sql(url, insert_message("half", r'{"campaign": "\ud800"}'))
@@ -671,13 +742,10 @@ def test_a_transaction_that_reads_leaves_no_trace(queues: QueueRegistry, url: st
 
 
 @BY_DATA_AND_BY_EVENT
-def test_a_dry_run_and_a_request_that_matches_nothing_wait_for_nobody(
-    queues: QueueRegistry, url: str, event: bool
-) -> None:
+def test_a_dry_run_waits_for_nobody(queues: QueueRegistry, url: str, event: bool) -> None:
     queues.load([message()])
     queues.bind(url, busy_timeout=0)
     with locked(url), rebind.connected_to(set_data):
-        assert counts(ask(queues, {"queue": "b"}, domain="no.example", trigger_rebind_event=event)) == (0, 0, 0)
         assert counts(ask(queues, {"queue": "b"}, dry_run=True, trigger_rebind_event=event)) == (1, 1, 1)
 
 
@@ -699,10 +767,12 @@ def test_a_failed_rebind_leaves_nothing_behind_that_hinders_the_next(queues: Que
     def fail(message: Message, data: dict[str, str]) -> None:
         raise RuntimeError("not today")
 
-    queues.load([message()])
+    queues.load(message() for _ in range(100))
+    failures = []
     for dry_run in (True, False, True):
-        with rebind.connected_to(fail), pytest.raises(HandlerFailed, match="not today"):
+        with rebind.connected_to(fail), pytest.raises(HandlerFailed, match="not today") as failure:
             ask(queues, {"queue": "q"}, trigger_rebind_event=True, dry_run=dry_run)
-    assert counts(ask(queues, {"queue": "q"}, dry_run=True)) == (1, 1, 1)
-    assert counts(ask(queues, {"queue": "q"})) == (1, 1, 1)
-    assert names(url) == ["q"]
+        failures.append(failure)  # their tracebacks hold whatever was open
+    assert counts(ask(queues, {"queue": "q"}, dry_run=True)) == (100,) * 3
+    assert counts(ask(queues, {"queue": "q"})) == (100,) * 3
+    assert names(url) == ["q"] * 100
