@@ -291,7 +291,7 @@ def _handled(
 def _restored(shared: Changes, before: Message, message: Message, record: Row) -> Changes:
     """What an undo changes."""
     history.restore(message, record, shared)
-    return changes(before, message)
+    return changes(before, message, checked=True)
 
 
 class _Stream:
@@ -334,7 +334,9 @@ class _Stream:
             if "data" in changed or "unset" in changed:
                 meta = to_json(new)
             if "recipient" in changed:
-                recipient, domain = recipient_text(message.recipient), domain_of(message.recipient)
+                recipient = recipient_text(message.recipient)
+                with suppress(ValueError):  # an undo gives back whatever a sender wrote
+                    domain = domain_of(message.recipient)
         queue = queue_name(before.meta if not changed else new, domain)
         if self._request.undo and not changed and queue == old_queue:
             return None
