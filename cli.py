@@ -22,8 +22,9 @@ import click
 from flask import Flask
 from marshmallow import ValidationError
 
+from deliverylog import LogFilter
 from event import HandlerFailed, NoHandler
-from history import KeyReused, LogFilter, NothingToUndo, UnknownRebind, printable
+from history import KeyReused, NothingToUndo, UnknownRebind, printable
 from kumo import WrongFile, by_field, read_messages, shown_message
 from message import NewMessage
 from names import Criteria, QueueName

@@ -17,7 +17,7 @@ from typing import IO, Any
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 from marshmallow.exceptions import SCHEMA
 
-from history import MAX_ATTEMPTS
+from deliverylog import MAX_ATTEMPTS
 from message import NewMessage, check_json, check_text, domain_of
 from names import queue_name
 from schemas import NotJSON, StrictInteger, checked, json_documents, text

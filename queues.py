@@ -19,10 +19,12 @@ from sqlalchemy import CTE, ColumnElement, Connection, func, insert, select, tru
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+import deliverylog
 import event
 import history
 import postgresql
 import sqlite
+from deliverylog import EVERY_RECORD, LogFilter, Pruned
 from history import RebindRequest, RebindResult
 from message import (
     Changes,
@@ -201,18 +203,18 @@ class QueueRegistry:
         return list(db.scalars(select(names.c.queue).where(names.c.queue.is_not(None), is_due.exists())))
 
     def records(
-        self, after: int = 0, poll: float | None = None, wanted: history.LogFilter = history.EVERY_RECORD
+        self, after: int = 0, poll: float | None = None, wanted: LogFilter = EVERY_RECORD
     ) -> Iterator[dict[str, Any]]:
-        """The delivery log. See history.records."""
-        return history.records(self.database, after, poll, wanted)
+        """The delivery log. See deliverylog.records."""
+        return deliverylog.records(self.database, after, poll, wanted)
 
     def rebinds_done(self, since: float | None = None, limit: int | None = None) -> list[dict[str, Any]]:
         """The rebinds that were done, newest first. See history.rebinds_done."""
         return history.rebinds_done(self.database, since, limit)
 
-    def prune(self, before: float, dry_run: bool = False) -> history.Pruned:
-        """Remove old records and old history. See history.prune."""
-        return history.prune(self.database, before, dry_run)
+    def prune(self, before: float, dry_run: bool = False) -> Pruned:
+        """Remove old records and old history. See deliverylog.prune."""
+        return deliverylog.prune(self.database, before, dry_run)
 
 
 def _engine(url: str) -> ModuleType:

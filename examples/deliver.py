@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from delivery import Claim, Outcome, claim, recipient_list, settle
-from history import response
+from deliverylog import response
 from names import QueueName
 from queues import registry
 from store import StoreUnavailable, StoreUnusable

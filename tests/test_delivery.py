@@ -7,8 +7,9 @@ from conftest import engine_for, message, stored
 from sqlalchemy import update
 
 from delivery import Outcome, bounced, claim, delivered, postponed, settle
+from deliverylog import response
 from event import rebind
-from history import RebindRequest, response
+from history import RebindRequest
 from message import Message
 from queues import QueueRegistry
 from store import messages

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from sqlalchemy import delete
 
 from delivery import claim, postponed
-from history import response
+from deliverylog import response
 from message import NewMessage
 from queues import registry
 from store import messages
