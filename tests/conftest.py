@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -507,7 +508,10 @@ def start_command(queues: QueueRegistry, url: str) -> Iterator[Command]:
 
     def popen(*arguments: str | Path, **streams: Any) -> subprocess.Popen[bytes]:
         environment = os.environ | {"REBIND_DATABASE_URL": url}
-        started.append(subprocess.Popen([*PROGRAM, *map(str, arguments)], cwd=ROOT, env=environment, **streams))
+        # A shell lets what it starts in the background ignore Ctrl-C, and so would all that is started from there.
+        hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        command = [*PROGRAM, *map(str, arguments)]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=hears, **streams))
         return started[-1]
 
     yield popen
