@@ -48,7 +48,7 @@ def before_each_statement(call: Callable[[], object]) -> Callable[[], None]:
 
     psycopg_execute = psycopg.Connection.execute
     event.listen(Engine, "before_cursor_execute", listener)
-    psycopg.Connection.execute = execute  # type: ignore[assignment, method-assign]
+    psycopg.Connection.execute = execute  # type: ignore[method-assign]
     return end
 
 
