@@ -379,19 +379,16 @@ def test_records_say_what_each_rebind_made_of_a_message_whatever_became_of_it_la
     queues: QueueRegistry, url: str
 ) -> None:
     queues.load(message(["ada@a.example", "bob@b.example"], meta=meta) for meta in METAS)
-    asked: list[Callable[[], RebindResult]] = [
-        lambda: ask(queues, {"campaign": "x", "n": "1"}),
-        lambda: ask(queues, {"tenant": "y"}, unset=("queue", "n")),
-        lambda: ask(queues, trigger_rebind_event=True),
-        lambda: undo(queues, done[-1]),
-        lambda: undo(queues, done[-1]),
-        lambda: ask(queues),
-    ]
     done: list[RebindResult] = []
     expected = []
-    for each in asked:
+    ways: list[dict[str, Any]] = [
+        {"data": {"campaign": "x", "n": "1"}},
+        {"data": {"tenant": "y"}, "unset": ("queue", "n")},
+        {"trigger_rebind_event": True},
+    ]
+    for fields in [*ways, "undo", "undo", {}]:
         old = names(url)
-        done.append(each())
+        done.append(undo(queues, done[-1]) if fields == "undo" else ask(queues, **fields))
         expected += [
             (row["sender"], row["recipient"], row["meta"], queue, row["queue"], done[-1].rebind_id)
             for row, queue in zip(stored(url), old, strict=True)
@@ -471,8 +468,8 @@ def test_a_record_comes_once_in_whatever_order_transactions_commit(
             "w": lambda number: writers[number].execute(delivery(number)),
             "c": lambda number: writers[number].commit(),
         }
-        steps = iter([partial(step[name], number) for name, number in order.split()])
-        written = [number for name, number in order.split() if name == "w"]
+        steps = iter([partial(step[each[0]], each[1]) for each in order.split()])
+        written = [each[1] for each in order.split() if each[0] == "w"]
         assert follow(queues, monkeypatch, steps, at_looks) == written
 
 
