@@ -3,8 +3,9 @@
 import json
 import logging
 import os
+import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -33,6 +34,7 @@ from queues import registry
 from schemas import NotJSON, QueryError, idempotency_key, parse_json, rebind_query, rebind_request
 from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
+VERSION: str = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text("utf-8"))["project"]["version"]
 MAX_BODY = 1024 * 1024  # bytes
 RETRY_AFTER = 5  # seconds
 SETTINGS = {
@@ -72,6 +74,8 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
 
     if app.config["DATABASE_URL"] is None:
         app.config["DATABASE_URL"] = f"sqlite:///{Path(app.instance_path, 'queues.db')}"
+        with suppress(OSError):  # then the file cannot be opened, which is told when it is used
+            Path(app.instance_path).mkdir(mode=0o700, exist_ok=True)
     registry.bind(app.config["DATABASE_URL"], app.config["BUSY_TIMEOUT"])
     if app.config["POLICY"]:
         event.load_policy(app.config["POLICY"])
@@ -89,10 +93,12 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
 
 def read_environment(app: Flask) -> None:
     """Take the settings from REBIND_… Raises SettingError: a misspelt one must not be ignored."""
-    app.config.from_prefixed_env("REBIND")
     unknown = [name for name in os.environ if name.startswith("REBIND_") and name[7:] not in SETTINGS]
     if unknown:
         raise SettingError(f"there is no setting {unknown[0]}")
+    app.config.from_prefixed_env("REBIND", loads=str)
+    with suppress(ValueError):  # what is not a number is refused by the registry
+        app.config["BUSY_TIMEOUT"] = json.loads(str(app.config["BUSY_TIMEOUT"]))
 
 
 def serves() -> bool:
@@ -102,19 +108,18 @@ def serves() -> bool:
 
 
 def start(app: Flask) -> None:
-    """Let the registry write to the diagnostic log, create the store if there is none, and check it once.
+    """Let the registry write to the diagnostic log, create the store if there is none, check it once, and say so.
 
     Raises StoreUnusable.
     """
     queues.logger.setLevel(logging.INFO)
     queues.logger.addHandler(default_handler)
-    if app.config["DATABASE_URL"] == f"sqlite:///{Path(app.instance_path, 'queues.db')}":
-        Path(app.instance_path).mkdir(mode=0o700, exist_ok=True)
     try:
         registry.prepare()
         registry.database.check()
     except StoreUnavailable as error:
         app.logger.warning("%s; until that is over, the answer is 503", error.in_full)
+    app.logger.info("rebind %s on %s", VERSION, registry.database.engine.shown(app.config["DATABASE_URL"]))
 
 
 @admin.post("/api/admin/rebind/v1", provide_automatic_options=False)
@@ -181,14 +186,17 @@ def read_json() -> Any:
         raise BadRequest(f"the body is not JSON that can be read: {error}") from error
 
 
-def problem(status: int, detail: str, errors: Any = None, reason: str = "") -> Response:
+def problem(
+    status: int, detail: str, errors: Any = None, reason: str = "", cause: BaseException | None = None
+) -> Response:
     """A problem document, and a line about it in the diagnostic log.
 
     errors: by field, as marshmallow gives them.
     reason: for the log, if it is more than `detail`.
+    cause: for the log too, with its traceback.
     """
     asked = f"{g.get('actor', 'unknown')} {request.method} {request.full_path.rstrip('?')}"
-    current_app.logger.info("%s", printable(f"{asked} {status} {reason or detail}"))
+    current_app.logger.info("%s", printable(f"{asked} {status} {reason or detail}"), exc_info=cause)
     document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     if errors:
         document["errors"] = errors
@@ -209,14 +217,14 @@ def http_problem(error: HTTPException) -> Response:
 
 
 def fields_problem(error: ValidationError) -> Response:
-    """A query or a body that is not understood."""
+    """A query, an Idempotency-Key or a body that is not understood."""
     if isinstance(error, QueryError):
-        return problem(400, "the query is not understood: see errors", error.messages)
+        return problem(400, "a query parameter or a header is wrong: see errors", error.messages)
     return problem(422, "the body is not a request to rebind: see errors", error.messages)
 
 
 def registry_problem(error: Exception) -> Response:
     """What the registry raises. A failed handler leaves its traceback in the diagnostic log."""
-    if isinstance(error, HandlerFailed):
-        current_app.logger.error("%s", printable(str(error)), exc_info=error.__cause__)
-    return problem(STATUS[type(error)], str(error), reason=error.in_full if isinstance(error, StoreError) else "")
+    reason = error.in_full if isinstance(error, StoreError) else ""
+    cause = error.__cause__ if isinstance(error, HandlerFailed) else None
+    return problem(STATUS[type(error)], str(error), reason=reason, cause=cause)

@@ -74,7 +74,7 @@ def changes(before: Message, after: Message) -> Changes:
     data = {k: v for k, v in after.meta.items() if old.get(k, _MISSING) is not v and not _is_same(old, k, v)}
     if data:
         check_json(data)
-        if {*map(type, data.values())} > {str}:
+        if {*map(type, data.values())} != {str}:
             data = from_json(to_json(data))  # plain types, whatever classes a handler used
         found["data"] = data
     if unset := [key for key in old if key not in after.meta]:

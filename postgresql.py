@@ -3,6 +3,7 @@
 sqlite.py has the same functions. queues.py chooses one of the two modules when the registry is bound.
 """
 
+import re
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,11 +45,17 @@ BEGIN_WRITE = "BEGIN"
 # SQLSTATEs and their classes (PostgreSQL's documentation, appendix A), by what they mean to us.
 CONFLICT = ("40",)  # transaction rollback: a deadlock, a serialization failure
 REFUSED = ("22", "23", "54")  # data exception, integrity violation, a limit of the program
-UNUSABLE = ("28", "3D", "42501")  # who we are, which database, no right
+UNUSABLE = ("28", "3D", "3F", "42501")  # who we are, which database, which schema, no right
 # Connection lost, out of resources, a lock that was not to be had, an operator's intervention, the system's errors;
-# read-only (a standby or a demoted primary); the timeout for idle transactions; a missing table (the database was made
-# again); a damaged file.
-UNAVAILABLE = ("08", "53", "55", "57", "58", "25006", "25P03", "42P01", "F0", "XX")
+# read-only (a standby or a demoted primary); the timeouts of a transaction; a missing table or column (the database was
+# made again); a damaged file.
+UNAVAILABLE = ("08", "53", "55", "57", "58", "25006", "25P03", "25P04", "42P01", "42703", "F0", "XX")
+# Why a connection fails is told in words alone, without an SQLSTATE. These reasons do not pass by themselves. What a
+# server says in another language is not known here, and taken for one that may.
+REFUSED_CONNECTION = re.compile(
+    r"does not exist|authentication failed|no password supplied|pg_hba\.conf|not permitted|permission denied|not found"
+    r"|unrecognized configuration|requires a value|(?<![\w.])invalid [a-z]"
+)
 
 
 def connect_to(url: str, busy_timeout: float) -> Engine:
@@ -114,10 +121,10 @@ def meaning(error: DBAPIError) -> Exception | None:
     reason = " ".join(str(error.orig).split())
     state = getattr(error.orig, "sqlstate", None)
     if state is None:
+        if error.statement is None and REFUSED_CONNECTION.search(reason):
+            return StoreUnusable("the database cannot be used", reason)
         known = isinstance(error.orig, psycopg.OperationalError)
-        if known and "invalid" not in reason:
-            return StoreUnavailable("the database is out of reach", reason)
-        return StoreUnusable("the database URL cannot be used", reason) if error.statement is None else None
+        return StoreUnavailable("the database is out of reach", reason) if known else None
     said = error.orig.diag.message_primary or state  # type: ignore[union-attr]
     if state.startswith(CONFLICT):
         return StoreConflict(f"the database ended the transaction: {said}")

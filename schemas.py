@@ -1,6 +1,6 @@
 """What is read from outside, and what is refused: JSON itself, the request's body and query, a message to load.
 
-marshmallow turns much into what it wants; here nothing is: a value has its type or is an error.
+marshmallow converts many values to the type that it wants. Here a value has its type, or is an error.
 """
 
 import json
@@ -16,7 +16,7 @@ from message import NewMessage, check_json, check_text, domain_of
 from names import NAMING_KEYS, Criteria, queue_name
 from store import MAX_NAME
 
-MAX_KEYS = 1000  # of `data`, and of `unset`
+MAX_KEYS = 1000  # of `data`
 
 
 class NotJSON(ValueError):
@@ -48,13 +48,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members: dict[str, Any] = {}
     for key, value in pairs:
         if key in members:
-            raise NotJSON(f"the key {key!a} is given twice in one object")
+            raise NotJSON(f"the key {key[:40]!a} is given twice in one object")
         members[key] = value
     return members
 
 
 def _no_constant(name: str) -> None:
-    raise NotJSON(f"{name} is no number in JSON")
+    raise NotJSON(f"{name} is not a number in JSON")
 
 
 def _finite_float(digits: str) -> float:
@@ -81,7 +81,7 @@ def text(**kwargs: Any) -> fields.String:
 
 
 class StrictBoolean(fields.Boolean):
-    """`true` or `false`, and not what marshmallow takes for them."""
+    """`true` or `false`, and nothing that marshmallow would convert to them."""
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> bool:
         if not isinstance(value, bool):
@@ -116,7 +116,7 @@ class RebindRequestSchema(Schema):
         empty = [key for key in NAMING_KEYS if body["data"].get(key) == "" and not body["trigger_rebind_event"]]
         if empty:
             reason = "Must not be empty: ?unset={key} removes the key."
-            raise ValidationError({"data": {key: [reason.format(key=key)] for key in empty}})
+            raise ValidationError({"data": {key: {"value": [reason.format(key=key)]} for key in empty}})
 
 
 class RebindQuerySchema(Schema):
@@ -127,7 +127,7 @@ class RebindQuerySchema(Schema):
         validate=validate.Regexp(r"[1-9][0-9]{0,17}\Z", error="Not a whole number from 1 to 10^18 - 1."),
         load_default=None,
     )
-    unset = fields.List(text(), validate=validate.Length(max=MAX_KEYS), load_default=[])
+    unset = fields.List(text(), load_default=[])
     undo = text(load_default=None)
 
 
@@ -181,7 +181,7 @@ def _conflicts(request: RebindRequest) -> Iterator[tuple[str, list[str]]]:
     if request.unset and request.trigger_rebind_event:
         yield "unset", ["Not allowed with trigger_rebind_event."]
     elif both := [key for key in request.unset if key in request.data]:
-        yield "unset", [f"{', '.join(map(ascii, both))} is set by data."]
+        yield "unset", [f"Set by data: {', '.join(map(ascii, both))}."]
     if request.undo is not None and (request.data or request.unset or request.trigger_rebind_event):
         yield "undo", ["Needs data to be {}, and is not allowed with unset or trigger_rebind_event."]
 

@@ -4,9 +4,11 @@ postgresql.py has the same functions. queues.py chooses one of the two modules w
 """
 
 import codecs
+import errno
 import json
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -68,6 +70,8 @@ CACHE = 32  # MiB of pages that a rebind keeps in memory, since its index change
 UNAVAILABLE = {3, 5, 6, 7, 8, 10, 13, 14, 15}
 REFUSED = {18, 19, 20}  # TOOBIG, CONSTRAINT, MISMATCH
 DAMAGED = {11, 26}  # CORRUPT, NOTADB
+# Of the file: what does not mend itself.
+WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES}
 
 READ_AHEAD = 50  # messages that are read at once: each may have a megabyte of metadata
 
@@ -86,11 +90,36 @@ _marked = Table(
 
 
 def connect_to(url: str, busy_timeout: float) -> Engine:
-    """Connections to the database at `url`. Raises ArgumentError."""
-    if make_url(url).database in (None, "", ":memory:") or ":memory:" in url or "mode=memory" in url:
-        raise ArgumentError("a database in memory is not shared: name a file")
-    engine = create_engine(url, max_overflow=-1)  # the server's threads are the bound
+    """Connections to the database at `url`, as long as its file is the one that was there first. Raises ArgumentError.
+
+    A new file at its place would be read together with the old one's -wal, and so be damaged.
+    """
+    file = shown(url)
+    if file.startswith((":memory:", "file:")) or file in ("", "None") or make_url(url).query:
+        raise ArgumentError("after sqlite:/// must be the name of a file, and nothing else")
+    first = None
+
+    def refuse_other_file(*_: Any) -> None:
+        nonlocal first
+        try:
+            found = Path(file).stat()
+        except OSError as error:
+            raise StoreUnavailable("the database's file cannot be opened", f"{file}: {error.strerror}") from error
+        first = first or (found.st_dev, found.st_ino)
+        if first != (found.st_dev, found.st_ino):
+            advice = f"end all that use {file}, remove {file}-wal and {file}-shm, and start again"
+            raise StoreUnavailable("the database's file was replaced while it was in use", advice)
+
+    def connect() -> sqlite3.Connection:
+        refuse_other_file()
+        try:
+            return sqlite3.connect(f"{Path(file).absolute().as_uri()}?mode=rw", uri=True, check_same_thread=False)
+        except sqlite3.OperationalError as error:
+            raise StoreUnavailable("the database's file cannot be opened", f"{file}: {error}") from error
+
+    engine = create_engine(url, creator=connect, max_overflow=-1)  # the server's threads are the bound
     event.listen(engine, "connect", lambda connection, _: _set_up(connection, busy_timeout))
+    event.listen(engine, "checkout", refuse_other_file)
     return engine
 
 
@@ -150,18 +179,26 @@ def shown(url: str) -> str:
 
 
 def create_file(url: str) -> None:
-    """Create the file, readable by its own user only, unless there is one. Raises StoreUnavailable."""
-    file = Path(shown(url))
+    """Create the file, readable by its own user only, unless there is one.
+
+    One that is there is not opened: to close it would end this process's locks on it, those of its connections included
+    (https://www.sqlite.org/howtocorrupt.html, 2.2).
+
+    Raises StoreUnavailable and StoreUnusable.
+    """
+    file = shown(url)
     try:
-        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+        with suppress(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     except OSError as error:
-        raise StoreUnavailable(f"the file {file} cannot be opened: {error.strerror}") from error
+        kind = StoreUnusable if error.errno in WRONG_PATH else StoreUnavailable
+        raise kind("the database's file cannot be opened", f"{file}: {error.strerror}") from error
 
 
 def refuse_missing(url: str) -> None:
     """Raise StoreUnusable if there is no file: to connect would create one."""
     if not Path(shown(url)).exists():
-        raise StoreUnusable(f"there is no store at {shown(url)}")
+        raise StoreUnusable("there is no store", shown(url))
 
 
 def refuse_encoding(db: Connection) -> None:

@@ -47,7 +47,7 @@ FIRST_SECOND, LAST_SECOND = -62135596800, 253402300799  # of the years 1 and 999
 # the time (docs/performance.md).
 ROOM = {"fillfactor": 50}
 
-MAX_WAIT = 2_000_000  # seconds: in milliseconds, this is within what both engines can count
+MAX_WAIT = 86_400  # seconds: within what both engines, and TCP's timers, can count
 
 
 class StoreError(Exception):
@@ -250,7 +250,7 @@ class Database:
     """
 
     def __init__(self, engine: ModuleType, url: str, busy_timeout: float) -> None:
-        if not isinstance(busy_timeout, int | float) or not 0 <= busy_timeout <= MAX_WAIT:
+        if type(busy_timeout) not in (int, float) or not 0 <= busy_timeout <= MAX_WAIT:
             raise StoreUnusable(f"the busy timeout must be a number of seconds from 0 to {MAX_WAIT}: {busy_timeout!r}")
         self.engine, self._url = engine, url
         try:
@@ -261,7 +261,7 @@ class Database:
         self._autocommit = connections.execution_options(begin=None)
         self._reading = connections.execution_options(begin="BEGIN")
         self._writing = connections.execution_options(begin=engine.BEGIN_WRITE)
-        self._prepared = False
+        self._prepared = self._may_create = False
 
     @contextmanager
     def autocommit(self) -> Iterator[Connection]:
@@ -294,26 +294,28 @@ class Database:
     def prepare(self, create: bool = False) -> None:
         """Check that the store can be used; with `create`, create its tables first if it has none.
 
+        If it is out of reach, that is done when it is used: but a store that was there is never created again.
         Raises StoreUnavailable and StoreUnusable.
         """
+        self._may_create |= create
         if self._prepared:
             return
         try:
-            if create:
+            if self._may_create:
                 self.engine.create_file(self._url)
             self.engine.refuse_missing(self._url)
             with self._translated(), self._autocommit.begin() as db:
                 self.engine.refuse_encoding(db)
                 found = set(inspect(db).get_table_names()) & metadata.tables.keys()
-            if not found and create:
-                self._create_tables()
-            elif not found:
-                raise StoreUnusable(f"there is no store at {self.engine.shown(self._url)}")
-            else:
+            if found:
                 self._refuse_version(found)
+            elif self._may_create:
+                self._create_tables()
+            else:
+                raise StoreUnusable("there is no store", self.engine.shown(self._url))
         finally:
             self._autocommit.dispose()  # a connection must not be carried into a forked worker
-        self._prepared = True
+        self._prepared, self._may_create = True, False
 
     def check(self) -> None:
         """Read all messages once, so that a damaged file is found now and not by the first rebind.
@@ -338,9 +340,9 @@ class Database:
                 version = db.scalar(select(schema_version.c.version)) or 0
         if version != SCHEMA_VERSION:
             raise StoreUnusable(
-                f"the store at {self.engine.shown(self._url)} has schema version {version}, and this is version "
-                f"{SCHEMA_VERSION}: print its messages with the old code, and load them into a new store with "
-                "`flask load`"
+                f"the store has schema version {version}, and this is version {SCHEMA_VERSION}: print its messages "
+                "with the old code, and load them into a new store with `flask load`",
+                self.engine.shown(self._url),
             )
 
     @contextmanager
@@ -351,7 +353,7 @@ class Database:
             with self._translated(), engine.begin() as db:
                 yield db
                 committing = True
-        except StoreUnavailable as error:
+        except (StoreUnavailable, StoreUnusable) as error:
             self._prepared = isinstance(error, StoreConflict)  # the next one looks at the store again
             if not (committing and _is_cut(error)):
                 raise
@@ -371,7 +373,7 @@ class Database:
             raise
 
 
-def _is_cut(error: StoreUnavailable) -> bool:
+def _is_cut(error: StoreError) -> bool:
     return isinstance(error.__cause__, DBAPIError) and error.__cause__.connection_invalidated
 
 

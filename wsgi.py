@@ -2,14 +2,17 @@
 
 import sys
 
+import click
+
 from access import AccessError
 from app import SettingError, create_app
 from event import PolicyError
+from history import printable
 from store import StoreUnusable
 
 try:
     app = create_app()
 except (SettingError, StoreUnusable, PolicyError, AccessError) as error:
-    print(f"rebind cannot start: {error}", file=sys.stderr)
+    print(printable(f"rebind cannot start: {getattr(error, 'in_full', error)}"), file=sys.stderr)
     # gunicorn's APP_LOAD_ERROR: it stops, where after any other exit it would start the worker again, for ever.
-    sys.exit(4)
+    sys.exit(1 if click.get_current_context(silent=True) else 4)

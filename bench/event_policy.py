@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from event import rebind
 from message import Message
-from queues import rebind
 
 
 @rebind.connect

@@ -1,39 +1,57 @@
 """The floor: each kind of rebind as bare SQL by hand, on one connection that is already open.
 
-It knows nothing of the service, and does no more than must be done: the same messages changed, the same records
-written, the same counts told, as durably.
+It knows nothing of the service, and does no more than must be done: the same messages changed, the same records and row
+of history written, the same counts told, as durably.
 """
 
 import json
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 import psycopg
+from kinds import KINDS, MOVED, ONE_QUEUE, REASON, RETRY_KEY, SALE
 
-NODEID, REBIND_ID = "b" * 36, "a" * 36
 Counts = tuple[int, int]
 """How many messages matched, and how many moved."""
 
-SALE, MOVED, ONE_QUEUE = "summer-sale", "moved.example", "spring-sale:tenant-1@gmail.example"
+NODEID = str(uuid.uuid4())
 INDEX = "CREATE INDEX messages_queue_due ON messages (queue, due)"
-OF_MESSAGE = ("id", "sender", "recipient", "queue", "meta", "size", "created", "num_attempts")
-LOG = f"type, {', '.join(OF_MESSAGE)}, event_time, nodeid, rebind_id, old_queue, reason, actor"
 NAMES = """WITH RECURSIVE names (queue) AS (SELECT min(queue) FROM messages UNION ALL
     SELECT (SELECT min(queue) FROM messages WHERE queue > names.queue) FROM names WHERE names.queue IS NOT NULL)
     SELECT queue FROM names WHERE queue IS NOT NULL"""
+BEFORE = ("id", "sender", "recipient", "size", "created", "num_attempts", "meta")
+LOG = f"INSERT INTO log (type, rebind_id, queue, old_queue, {', '.join(BEFORE)})"
+HISTORY = """INSERT INTO rebinds (rebind_id, event_time, actor, nodeid, reason, request, idempotency_key, matched,
+    moved, flushed, first_key, last_key) VALUES ({0}, {0}, '127.0.0.1', {0}, {0}, {0}, {0}, {0}, {0}, {0}, {0}, {0})"""
+
+OF_ONE_QUEUE = {"queue": ONE_QUEUE, "none": "nobody@"}
+"""By kind, what is in the names of the queues that match."""
+ALREADY_THERE = {"queue": f"queue = '{MOVED}'", "campaign": f"queue GLOB '{SALE}:*'"}
+"""By the key that is set, which messages do not move."""
 
 
-def _record(new: str, old_queue: str, now: float) -> str:
-    of_message = ", ".join(new + name for name in OF_MESSAGE)
-    return f"'AdminRebind', {of_message}, {now}, '{NODEID}', '{REBIND_ID}', {old_queue}, 'wrong campaign', '127.0.0.1'"
+def _new_name(data: dict[str, str], text: Callable[[str], str]) -> str:
+    """The SQL for the new name of a message's queue; `text` gives that of a string in its metadata."""
 
+    def part(key: str) -> str:
+        return f"'{data[key]}'" if key in data else text(key)
 
-def _named(part: Callable[[str], str]) -> str:
-    """The name of a message's queue, where `part` gives the SQL of a part of it."""
+    if "queue" in data:
+        return part("queue")
     before = f"{part('campaign')} || ':' || coalesce({part('tenant')}, '') || '@', {part('tenant')} || '@', ''"
     return f"coalesce({part('queue')}, coalesce({before}) || domain || coalesce('!' || {part('routing_domain')}, ''))"
+
+
+def _row(kind: str, rebind_id: str, now: float, counts: Counts, keys: tuple[int, int]) -> tuple[Any, ...]:
+    """The row of history."""
+    body = KINDS[kind].body
+    matched, moved = counts
+    flushed = matched if body.get("always_flush") else moved
+    asked = json.dumps({"reason": REASON, "unset": [], **body})
+    return rebind_id, now, NODEID, REASON, asked, KINDS[kind].key, matched, moved, flushed, *keys
 
 
 # SQLite
@@ -44,159 +62,117 @@ def open_sqlite(file: str) -> sqlite3.Connection:
     db = sqlite3.connect(file, isolation_level=None)
     for pragma in ("busy_timeout = 30000", "synchronous = FULL", "foreign_keys = ON", "journal_mode = WAL"):
         db.execute(f"PRAGMA {pragma}")
-    db.execute("PRAGMA cache_size = -32000")
+    db.execute("PRAGMA cache_size = -32768")
     return db
 
 
 def sqlite(db: sqlite3.Connection, kind: str) -> Counts:
-    """One rebind of this kind (kinds.KINDS), from BEGIN to COMMIT. Returns the counts."""
-    if kind == "none":
-        return _no_match(db.execute(NAMES).fetchall())
+    """One rebind of this kind, from BEGIN to COMMIT. Returns the counts."""
+    name = _new_name(KINDS[kind].body["data"], _sqlite_text)
     if kind == "dry":
-        name = _named(_sqlite_part({"campaign": SALE}))
-        matched, moved = db.execute(f"SELECT count(*), sum(queue <> {name}) FROM messages").fetchone()
-        return matched, moved
+        counts: Counts = db.execute(f"SELECT count(*), sum(queue <> {name}) FROM messages").fetchone()
+        return counts
     db.execute("BEGIN IMMEDIATE")
-    counts = _SQLITE[kind](db, time.time())
+    if KINDS[kind].key:
+        db.execute("SELECT * FROM rebinds WHERE idempotency_key = ?", (RETRY_KEY,)).fetchall()
+    now, rebind_id, before = time.time(), str(uuid.uuid4()), _sqlite_last_key(db)
+    counts = _sqlite_update(db, kind, name, now, rebind_id)
+    row = _row(kind, rebind_id, now, counts, (before + 1, _sqlite_last_key(db)))
+    db.execute(HISTORY.format("?"), row)
     db.execute("COMMIT")
     return counts
 
 
-def _sqlite_part(data: dict[str, str]) -> Callable[[str], str]:
-    def part(key: str) -> str:
-        if key in data:
-            return f"'{data[key]}'"
-        return f"CASE json_type(meta, '$.{key}') WHEN 'text' THEN json_extract(meta, '$.{key}') END"
-
-    return part
+def _sqlite_text(key: str) -> str:
+    return f"CASE json_type(meta, '$.{key}') WHEN 'text' THEN json_extract(meta, '$.{key}') END"
 
 
-def _all_logged(db: sqlite3.Connection, statement: str, parameters: tuple[Any, ...], now: float) -> int:
-    """Run an UPDATE of messages that writes a record of each. Returns how many."""
-    record = _record("new.", "old.queue", now)
-    db.execute(f"""CREATE TEMP TRIGGER rebound AFTER UPDATE ON main.messages
-        BEGIN INSERT INTO log ({LOG}) VALUES ({record}); END""")
-    matched = db.execute(statement, parameters).rowcount
-    db.execute("DROP TRIGGER rebound")
-    return matched
+def _sqlite_last_key(db: sqlite3.Connection) -> int:
+    (key,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'log'").fetchone()
+    return int(key)
 
 
-def _constant(db: sqlite3.Connection, now: float, logged: bool = True) -> Counts:
-    already = db.execute("SELECT count(*) FROM messages WHERE queue = ?", (MOVED,)).fetchone()[0]
-    # Where every row of it changes, an index is made anew in less time than it is kept up.
-    db.execute("DROP INDEX messages_queue_due")
-    statement = """UPDATE messages SET meta = json_patch(meta, ?), queue = ?,
-        due = CASE WHEN queue <> ? THEN ? ELSE due END"""
-    parameters = (json.dumps({"queue": MOVED}), MOVED, MOVED, now)
-    matched = _all_logged(db, statement, parameters, now) if logged else db.execute(statement, parameters).rowcount
-    db.execute(INDEX)
-    return matched, matched - already
-
-
-def _suppressed(db: sqlite3.Connection, now: float) -> Counts:
-    return _constant(db, now, logged=False)
-
-
-def _campaign(db: sqlite3.Connection, now: float) -> Counts:
-    already = db.execute(f"SELECT count(*) FROM messages WHERE queue GLOB '{SALE}:*'").fetchone()[0]
-    name = _named(_sqlite_part({"campaign": SALE}))
-    db.execute("DROP INDEX messages_queue_due")
-    statement = f"""UPDATE messages SET meta = json_patch(meta, ?), queue = {name},
-        due = CASE WHEN queue <> {name} THEN ? ELSE due END"""
-    matched = _all_logged(db, statement, (json.dumps({"campaign": SALE}), now), now)
-    db.execute(INDEX)
-    return matched, matched - already
-
-
-def _metadata(db: sqlite3.Connection, now: float) -> Counts:
-    _refuse_misnamed(db)
-    data = json.dumps({"note": "seen by support"})
-    return _all_logged(db, "UPDATE messages SET meta = json_patch(meta, ?)", (data,), now), 0
-
-
-def _flush(db: sqlite3.Connection, now: float) -> Counts:
-    _refuse_misnamed(db)
-    db.execute("DROP INDEX messages_queue_due")
-    matched = _all_logged(db, "UPDATE messages SET due = ?", (now,), now)
-    db.execute(INDEX)
-    return matched, 0
-
-
-def _refuse_misnamed(db: sqlite3.Connection) -> None:
-    """Each message is to be named anew, so that somebody has to look whether its queue's name stays."""
-    name = _named(_sqlite_part({}))
-    if db.execute(f"SELECT count(*) FROM messages WHERE queue <> {name}").fetchone()[0]:
+def _sqlite_update(db: sqlite3.Connection, kind: str, name: str, now: float, rebind_id: str) -> Counts:
+    """Change the messages, and write their records."""
+    data, where = KINDS[kind].body["data"], ""
+    if kind in OF_ONE_QUEUE:
+        matching = [queue for (queue,) in db.execute(NAMES) if OF_ONE_QUEUE[kind] in queue]
+        if not matching:
+            return 0, 0
+        where = f"WHERE rowid IN (SELECT rowid FROM messages WHERE queue = '{matching[0]}')"
+    moves = [already for key, already in ALREADY_THERE.items() if key in data]
+    staying = 0
+    if moves and not where:
+        (staying,) = db.execute(f"SELECT count(*) FROM messages WHERE {moves[0]}").fetchone()
+    elif not moves and db.execute(f"SELECT count(*) FROM messages WHERE queue <> {name}").fetchone()[0]:
+        # Each message's queue must be named again, so that somebody has to look whether its name stays.
         raise AssertionError("a message is in a queue that is not its own, which this floor does not move")
+    sets = ["meta = json_patch(meta, :data)"] if data else []
+    if moves:
+        sets += [f"queue = {name}", f"due = CASE WHEN queue <> {name} THEN :now ELSE due END"]
+    sets += ["due = :now"] if kind == "flush" else []
+    recorded, rebuilt = kind != "suppressed", not where and (moves or kind == "flush")
+    if recorded:
+        old = ", ".join(f"old.{column}" for column in BEFORE)
+        values = f"VALUES ('AdminRebind', '{rebind_id}', new.queue, old.queue, {old})"
+        db.execute(f"CREATE TEMP TRIGGER rebound AFTER UPDATE ON main.messages BEGIN {LOG} {values}; END")
+    if rebuilt:  # if all its entries change, an index is made again in less time than it is kept up
+        db.execute("DROP INDEX messages_queue_due")
+    parameters = {"data": json.dumps(data), "now": now}
+    matched = db.execute(f"UPDATE messages SET {', '.join(sets)} {where}", parameters).rowcount
+    if rebuilt:
+        db.execute(INDEX)
+    if recorded:
+        db.execute("DROP TRIGGER rebound")
+    return matched, matched - staying if moves else 0
 
-
-def _one_queue(db: sqlite3.Connection, now: float) -> Counts:
-    statement = """UPDATE messages SET meta = json_patch(meta, ?), queue = ?, due = ?
-        WHERE key IN (SELECT key FROM messages WHERE queue = ?)"""
-    matched = _all_logged(db, statement, (json.dumps({"queue": MOVED}), MOVED, now, ONE_QUEUE), now)
-    return matched, matched
-
-
-_SQLITE: dict[str, Callable[[sqlite3.Connection, float], Counts]] = {
-    "constant": _constant,
-    "campaign": _campaign,
-    "metadata": _metadata,
-    "flush": _flush,
-    "suppressed": _suppressed,
-    "queue": _one_queue,
-}
 
 # PostgreSQL
 
 
 def postgresql(db: psycopg.Connection[Any], kind: str) -> Counts:
-    """One rebind of this kind (kinds.KINDS), from its first statement to the commit. Returns the counts."""
-    now = time.time()
-    names = [ONE_QUEUE] if kind == "queue" else [name for (name,) in db.execute(NAMES)]
-    if kind == "none":
-        counts = _no_match([(name,) for name in names])
-    elif kind == "dry":
-        name = _named(_postgresql_part({"campaign": SALE}))
-        counts = _counts(db, f"SELECT count(*), count(*) FILTER (WHERE queue <> {name}) FROM messages", {})
-    else:
-        parameters: dict[str, Any] = {"names": names, "now": now}
-        counts = _counts(db, *_postgresql_statement(kind, parameters))
+    """One rebind of this kind, from its first statement to the commit. Returns the counts."""
+    data = KINDS[kind].body["data"]
+    name = _new_name(data, _postgresql_text)
+    if kind == "dry":
+        counts = _pair(db, f"SELECT count(*), count(*) FILTER (WHERE queue <> {name}) FROM messages", {})
+        db.commit()
+        return counts
+    if KINDS[kind].key:
+        db.execute("SELECT * FROM rebinds WHERE idempotency_key = %s", (RETRY_KEY,)).fetchall()
+    now, rebind_id, before = time.time(), str(uuid.uuid4()), _postgresql_last_key(db)
+    matching = []
+    if kind in OF_ONE_QUEUE:
+        matching = [queue for (queue,) in db.execute(NAMES) if OF_ONE_QUEUE[kind] in queue]
+    parameters = {"now": now, "rebind_id": rebind_id, "data": json.dumps(data), "queues": matching}
+    counts = (0, 0) if kind == "none" else _pair(db, _postgresql_update(kind, name, data), parameters)
+    row = _row(kind, rebind_id, now, counts, (before + 1, _postgresql_last_key(db)))
+    db.execute(HISTORY.format("%s"), row)
     db.commit()
     return counts
 
 
-def _postgresql_statement(kind: str, parameters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """All in one: PostgreSQL 18 returns the old queue beside the new row."""
-    data = {"campaign": {"campaign": SALE}, "metadata": {"note": "seen by support"}, "flush": {}}.get(
-        kind, {"queue": MOVED}
-    )
-    name = _named(_postgresql_part(data)) if "queue" not in data else f"'{MOVED}'"
+def _postgresql_text(key: str) -> str:
+    return f"CASE jsonb_typeof(meta -> '{key}') WHEN 'string' THEN meta ->> '{key}' END"
+
+
+def _postgresql_last_key(db: psycopg.Connection[Any]) -> int:
+    return _pair(db, "SELECT last_value - 1 + is_called::integer, 0 FROM log_key_seq", {})[0]
+
+
+def _postgresql_update(kind: str, name: str, data: dict[str, str]) -> str:
+    """Change the messages, write their records, and count, all in one: PostgreSQL 18 returns the old row too."""
     meta = ", meta = meta || %(data)s::jsonb" if data else ""
     due = "%(now)s" if kind == "flush" else f"CASE WHEN queue <> {name} THEN %(now)s ELSE due END"
-    records = (
-        ""
-        if kind == "suppressed"
-        else f""",
-        records AS (INSERT INTO log ({LOG}) SELECT {_record("", "old_queue", parameters["now"])} FROM changed)"""
-    )
-    statement = f"""WITH changed AS (UPDATE messages SET queue = {name}, due = {due}{meta}
-            WHERE queue = ANY(%(names)s) RETURNING new.*, old.queue AS old_queue){records}
+    where = "WHERE queue = ANY(%(queues)s)" if kind in OF_ONE_QUEUE else ""
+    returned = ", ".join(f"old.{column}" for column in BEFORE)
+    values = f"'AdminRebind', %(rebind_id)s, queue, old_queue, {', '.join(BEFORE)}"
+    records = "" if kind == "suppressed" else f", records AS ({LOG} SELECT {values} FROM changed)"
+    return f"""WITH changed AS (UPDATE messages SET queue = {name}, due = {due}{meta} {where}
+            RETURNING new.queue, old.queue AS old_queue, {returned}){records}
         SELECT count(*), count(*) FILTER (WHERE queue <> old_queue) FROM changed"""
-    return statement, parameters | {"data": json.dumps(data)}
 
 
-def _counts(db: psycopg.Connection[Any], statement: str, parameters: dict[str, Any]) -> Counts:
-    ((matched, moved),) = db.execute(statement, parameters).fetchall()
-    return matched, moved
-
-
-def _postgresql_part(data: dict[str, str]) -> Callable[[str], str]:
-    def part(key: str) -> str:
-        if key in data:
-            return f"'{data[key]}'"
-        return f"CASE jsonb_typeof(meta -> '{key}') WHEN 'string' THEN meta ->> '{key}' END"
-
-    return part
-
-
-def _no_match(names: list[tuple[str]]) -> Counts:
-    return sum(name.startswith("nobody@") or ":nobody@" in name for (name,) in names), 0
+def _pair(db: psycopg.Connection[Any], statement: str, parameters: dict[str, Any]) -> Counts:
+    ((first, second),) = db.execute(statement, parameters).fetchall()
+    return first, second

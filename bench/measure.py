@@ -1,11 +1,14 @@
-"""One run of one kind of rebind, through HTTP or as bare SQL, on a store that was just put back."""
+"""One run of one kind, by the service or as bare SQL, on a store that was just put back."""
 
+import os
 import sqlite3
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -14,14 +17,19 @@ from typing import Any
 import floor
 import psycopg
 import requests
-from kinds import KINDS, Kind
-from stores import ROOT, Store
+from kinds import KINDS, REASON, TO_LOAD, Kind
+from stores import ROOT, Store, file_to_load
 
 sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import PATH, Service, start_service, stop_service
 
-BENCH = Path(__file__).parent
+from queues import registry
+
+# `flask` with its arguments, which at its end writes to standard error the most memory that it had in it.
+FLASK = """import atexit, sys, flask.cli
+atexit.register(lambda: print(open("/proc/self/status").read(), file=sys.stderr))
+flask.cli.main()"""
 
 
 @dataclass(frozen=True)
@@ -29,85 +37,135 @@ class Run:
     """What one run took, and did."""
 
     seconds: float
-    """One request, or one time the same in bare SQL."""
+    """One request or command, or one time the same in bare SQL."""
     matched: int
-    moved: int
+    """Messages, or records of the log."""
+    moved: int = 0
     peak: float | None = None
-    """The most memory that gunicorn's worker had in it, in MiB."""
+    """The most memory that gunicorn's worker or the command had in it, in MiB."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One kind at one size on one kind of database: every run, in order, ours and the floor's in turns."""
+def cell(store: Store, database: str, name: str, runs: int) -> dict[str, Any]:
+    """One kind on one store: the service and the floor in turns, `runs` times each. Both must do the same, or it fails.
 
-    database: str
-    size: int
-    kind: str
-    ours: list[Run]
-    floor: list[Run]
-    """Empty where there is no floor."""
-
-    @property
-    def seconds(self) -> float:
-        """The median."""
-        return median(run.seconds for run in self.ours)
-
-    @property
-    def floor_seconds(self) -> float | None:
-        """The median."""
-        return median(run.seconds for run in self.floor) if self.floor else None
-
-    @property
-    def ratio(self) -> float | None:
-        """How fast ours is beside the floor: 1 is as fast, 0.5 takes twice as long."""
-        return self.floor_seconds / self.seconds if self.floor_seconds else None
-
-    @property
-    def rate(self) -> float:
-        """Messages a second."""
-        return self.ours[0].matched / self.seconds
-
-    @property
-    def peak(self) -> float:
-        """The median, in MiB."""
-        return median(run.peak or 0 for run in self.ours)
+    Returns medians and all runs.
+    """
+    sides: dict[str, list[Run]] = {"ours": [], **({"floor": []} if KINDS[name].floor else {})}
+    outcomes = []
+    for number in range(runs):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            store.restore()
+            with store.open() as url:
+                sides[side].append(by_service(KINDS[name], url, store) if side == "ours" else by_hand(name, url))
+                if number == 0:
+                    outcomes.append(outcome(url))
+    counts = {(run.matched, run.moved) for side in sides.values() for run in side}
+    assert len(counts) == 1, f"the service and the floor do not count the same: {counts}"
+    assert outcomes[0] == outcomes[-1], f"the service and the floor did not do the same: {outcomes}"
+    seconds = {side: median(run.seconds for run in of_side) for side, of_side in sides.items()}
+    matched, moved = counts.pop()
+    return {
+        "database": database,
+        "size": store.size,
+        "kind": name,
+        "title": KINDS[name].title,
+        "matched": matched,
+        "moved": moved,
+        "ms": seconds["ours"] * 1000,
+        "floor_ms": seconds["floor"] * 1000 if "floor" in seconds else None,
+        # How fast the service is beside the floor: 1 is as fast, 0.5 takes twice as long.
+        "ratio": seconds["floor"] / seconds["ours"] if "floor" in seconds else None,
+        "us_each": seconds["ours"] * 1e6 / matched if matched else None,
+        "peak_mib": median(run.peak for run in sides["ours"] if run.peak) if sides["ours"][0].peak else None,
+        "runs": {side: [asdict(run) for run in of_side] for side, of_side in sides.items()},
+    }
 
 
 @contextmanager
-def serving(url: str, *arguments: str, **settings: str) -> Iterator[Service]:
-    """A gunicorn on the database at `url`."""
-    with TemporaryDirectory() as folder:
-        service = start_service(Path(folder), url, *arguments, **settings)
+def serving(url: str, **settings: str) -> Iterator[tuple[Service, requests.Session]]:
+    """A gunicorn with one worker on the database at `url`, whose first request is done: it connects and compiles."""
+    with TemporaryDirectory() as folder, requests.Session() as session:
+        service = start_service(Path(folder), url, "--workers", "1", **settings)
         try:
-            yield service
+            ask(session, service, KINDS["none"])
+            yield service, session
         finally:
             stop_service(service)
 
 
-def through_http(kind: Kind, url: str) -> Run:
-    """Ask a gunicorn with one worker. Its first request, which connects and compiles, is not measured."""
-    policy = {"REBIND_POLICY": str(BENCH / "event_policy.py")} if kind.options.get("trigger_rebind_event") else {}
-    with serving(url, "--workers", "1", **policy) as service, requests.Session() as session:
-        ask(session, service, KINDS["none"])
-        worker = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()[0]
-        Path(f"/proc/{worker}/clear_refs").write_text("5")  # its peak starts anew: proc_pid_clear_refs(5)
-        start = time.perf_counter()
-        for _ in range(kind.requests):
-            response = ask(session, service, kind)
-        seconds = (time.perf_counter() - start) / kind.requests
-        status = Path(f"/proc/{worker}/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    return Run(seconds, int(response.headers["Rebind-Matched"]), int(response.headers["Rebind-Moved"]), peak)
-
-
-def ask(session: requests.Session, service: Service, kind: Kind) -> requests.Response:
-    """Send one rebind, however long it takes."""
-    response = session.post(f"{service.base}{PATH}{kind.query}", json=kind.body)
+def ask(session: requests.Session, service: Service, kind: Kind, rebind_id: str = "") -> requests.Response:
+    """Send one rebind, however long it takes. rebind_id: of the one before."""
+    address = f"{service.base}{PATH}{kind.query.format(rebind_id=rebind_id)}"
+    headers = {"Idempotency-Key": f'"{kind.key}"'} if kind.key else {}
+    response = session.post(address, json={"reason": REASON} | kind.body, headers=headers)
     assert response.status_code == 200, response.text
     return response
 
 
-def bare(name: str, url: str) -> Run:
+def by_service(kind: Kind, url: str, store: Store) -> Run:
+    """One run of the service."""
+    rebind_id = ""
+    with serving(url, REBIND_POLICY=str(ROOT / "bench" / "event_policy.py")) as (service, session):
+        for before in kind.after:
+            rebind_id = ask(session, service, KINDS[before]).headers["Rebind-Id"]
+            os.sync()  # what it left to be written must not be written during the next
+        if kind.command is None:
+            return _requested(session, service, kind, rebind_id)
+    if kind.command == "records":
+        return _records_read(url, rebind_id)
+    if kind.command == "load":
+        file = file_to_load(store.folder.parent, min(store.size, TO_LOAD))
+        return _commanded(url, "load", str(file))
+    return _commanded(url, kind.command)
+
+
+def _requested(session: requests.Session, service: Service, kind: Kind, rebind_id: str) -> Run:
+    worker = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()[0]
+    Path(f"/proc/{worker}/clear_refs").write_text("5")  # its peak starts again: proc_pid_clear_refs(5)
+    start = time.perf_counter()
+    for _ in range(kind.requests):
+        response = ask(session, service, kind, rebind_id)
+    seconds = (time.perf_counter() - start) / kind.requests
+    peak = _peak(Path(f"/proc/{worker}/status").read_text())
+    return Run(seconds, int(response.headers["Rebind-Matched"]), int(response.headers["Rebind-Moved"]), peak)
+
+
+def _commanded(url: str, *arguments: str) -> Run:
+    """A command of `flask`, from start to end."""
+    command = [sys.executable, "-c", FLASK, *arguments]
+    environment = os.environ | {"REBIND_DATABASE_URL": url}
+    start, lines, line = time.perf_counter(), 0, b""
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:  # noqa: B007
+            lines += 1
+        status = process.stderr.read().decode()
+    assert process.returncode == 0, status
+    matched = int(line.split()[0]) if arguments[0] == "load" else lines
+    return Run(time.perf_counter() - start, matched, peak=_peak(status))
+
+
+def _records_read(url: str, rebind_id: str) -> Run:
+    """The records of one rebind, found by the keys in the history."""
+    registry.bind(url, busy_timeout=30)
+    start = time.perf_counter()
+    with registry.database.autocommit() as db:
+        first = db.exec_driver_sql(f"SELECT first_key - 1 FROM rebinds WHERE rebind_id = '{rebind_id}'").scalar_one()
+    found = takewhile(lambda record: record["rebind_id"] == rebind_id, registry.records(first))
+    matched = sum(1 for _ in found)
+    seconds = time.perf_counter() - start
+    registry.database._autocommit.dispose()  # nobody may have the store open when it is put back
+    return Run(seconds, matched)
+
+
+def _peak(status: str) -> float:
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def by_hand(name: str, url: str) -> Run:
     """The same as bare SQL. Its connection is open, and has been used, as the service's."""
     if url.startswith("sqlite"):
         with closing(floor.open_sqlite(url.removeprefix("sqlite:///"))) as file:
@@ -116,7 +174,7 @@ def bare(name: str, url: str) -> Run:
         return _timed(lambda kind: floor.postgresql(db, kind), name)
 
 
-def _timed(rebind: Any, name: str) -> Run:
+def _timed(rebind: Callable[[str], floor.Counts], name: str) -> Run:
     rebind("none")
     start = time.perf_counter()
     for _ in range(KINDS[name].requests):
@@ -124,35 +182,20 @@ def _timed(rebind: Any, name: str) -> Run:
     return Run((time.perf_counter() - start) / KINDS[name].requests, *counts)
 
 
-def cell(store: Store, database: str, name: str, runs: int) -> Cell:
-    """Ours and the floor in turns, `runs` times each. Both must do the same, or it fails."""
-    ours: list[Run] = []
-    theirs: list[Run] = []
-    outcomes = []
-    for number in range(runs):
-        sides = [ours, theirs] if name != "event" else [ours]
-        for side in sides if number % 2 == 0 else reversed(sides):
-            store.restore()
-            with store.open() as url:
-                side.append(through_http(KINDS[name], url) if side is ours else bare(name, url))
-                if number == 0:
-                    outcomes.append(outcome(url))
-        counts = {(run.matched, run.moved) for run in ours + theirs}
-        assert len(counts) == 1, f"ours and the floor do not count the same: {counts}"
-    assert outcomes[0] == outcomes[-1], f"ours and the floor did not do the same: {outcomes}"
-    return Cell(database, store.size, name, ours, theirs)
-
-
 def outcome(url: str) -> list[Any]:
     """What a rebind left behind, as far as it does not depend on when it was and who did it."""
-    tables = (
-        "SELECT count(*), sum(length(queue)), sum(length(CAST(meta AS TEXT))), sum(num_attempts) FROM messages",
+    meta = "sum(length(CAST(meta AS TEXT)))"
+    statements = (
+        f"SELECT count(*), count(DISTINCT queue), sum(length(queue)), {meta}, sum(num_attempts) FROM messages",
         "SELECT count(*) FROM messages WHERE due > 1750000000",  # those that were made due now
-        "SELECT count(*), sum(length(queue)), sum(length(old_queue)), sum(length(CAST(meta AS TEXT))) FROM log",
-        "SELECT count(DISTINCT queue) FROM messages",
+        f"SELECT count(*), count(DISTINCT rebind_id), sum(length(queue)), sum(length(old_queue)), {meta} FROM log",
+        "SELECT sum(length(id || sender || recipient || type)), sum(size), sum(created), sum(num_attempts) FROM log",
+        "SELECT count(changes), count(event_time), count(nodeid), count(details) FROM log",
+        "SELECT count(*), count(idempotency_key), sum(matched), sum(moved), sum(flushed), count(left_alone), "
+        "sum(last_key - first_key), min(reason), max(reason) FROM rebinds",
     )
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as file:
-            return [file.execute(statement).fetchone() for statement in tables]
+            return [file.execute(statement).fetchone() for statement in statements]
     with psycopg.connect(url.replace("+psycopg", "", 1)) as db:
-        return [db.execute(statement).fetchone() for statement in tables]
+        return [db.execute(statement).fetchone() for statement in statements]

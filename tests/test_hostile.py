@@ -10,10 +10,9 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
-from conftest import PATH, Service, done, is_problem, message, nothing_changes, start_service, stop_service
+from conftest import PATH, Service, done, is_problem, message, nothing_changes, start_service, stop_service, until
 
 from queues import QueueRegistry
 
@@ -33,6 +32,7 @@ def wire(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
     """A gunicorn on it, with one message there that every request here would change."""
     own = QueueRegistry()
     own.bind(url, busy_timeout=30)
+    own.prepare()
     own.load([message(id="m-ada")])
     service = start_service(tmp_path_factory.mktemp("wire"), url)
     yield service
@@ -284,5 +284,10 @@ def test_a_client_that_stalls_is_cut_off_while_others_are_served(wire: Service, 
 
 
 def test_a_worker_ends_for_none_of_this(wire: Service) -> None:
-    output = Path(wire.output).read_text()
-    assert (output.count("Booting worker"), wire.process.poll()) == (2, None)
+    until(lambda: booted(wire) >= 2)
+    assert (booted(wire), wire.process.poll()) == (2, None)
+
+
+def booted(service: Service) -> int:
+    """How many workers gunicorn has started, the first two and each that took the place of another."""
+    return service.output.read_text().count("Booting worker")

@@ -54,6 +54,7 @@ def test_each_message_is_handled_exactly_once_while_others_come_and_go(
     """Two hosts' worth of gunicorn and four operators, two senders and three workers; then the ledger."""
     other_host = start(REBIND_POLICY=SITE_POLICY)
     parties = [party("send", url, 1), party("send", url, 2), *(party("work", url, n) for n in (3, 4, 5))]
+    until(lambda: bool(stored(url)))
     operators = [operator(host, seed) for seed, host in enumerate([service, other_host] * 2)]
     with ThreadPoolExecutor(len(operators)) as pool:
         rebinds = dict(pair for pairs in pool.map(lambda run: run(), operators) for pair in pairs)

@@ -10,7 +10,17 @@ from marshmallow import Schema, ValidationError
 
 from history import RebindRequest
 from message import NewMessage
-from schemas import NotJSON, RebindQuerySchema, RebindRequestSchema, inspected_messages, parse_json
+from names import NAMING_KEYS, Criteria
+from schemas import (
+    NotJSON,
+    QueryError,
+    RebindRequestSchema,
+    idempotency_key,
+    inspected_messages,
+    parse_json,
+    rebind_query,
+    rebind_request,
+)
 
 # JSON
 
@@ -51,9 +61,9 @@ NOT_JSON = {
         "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
     ),
     "BOM": (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 (char 0)"),
-    "NaN": (b"NaN", "NaN is no number in JSON"),
-    "Infinity": (b'{"a": Infinity}', "Infinity is no number in JSON"),
-    "-Infinity": (b"[-Infinity]", "-Infinity is no number in JSON"),
+    "NaN": (b"NaN", "NaN is not a number in JSON"),
+    "Infinity": (b'{"a": Infinity}', "Infinity is not a number in JSON"),
+    "-Infinity": (b"[-Infinity]", "-Infinity is not a number in JSON"),
     "1e999": (b"1e999", "the number 1e999 is too large"),
     "-1e999": (b'{"a": [-1e999]}', "the number -1e999 is too large"),
     "a key twice": (b'{"a": 1, "a": 1}', "the key 'a' is given twice in one object"),
@@ -87,6 +97,7 @@ LOOKS_LIKE_JSON: dict[str, bytes] = {
     "UTF-7": BODY.replace(b'"a test"', b"+ACI-a test+ACI-"),
     "a request": b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "every byte": bytes(range(256)),
+    "a key of a million letters twice": b'{"%s": 1, "%s": 2}' % ((b"a" * 1_000_000,) * 2),
     "1 MiB of NUL": bytes(1024 * 1024),
     "a quote without end": b'"' + b"a" * 1_000_000,
     "a backslash without end": b'{"reason": "' + b"\\" * 999_999,
@@ -128,7 +139,7 @@ def test_a_number_with_too_many_digits_is_refused() -> None:
 DATA = {"reason": "r", "data": {}}
 NO_STRING, NO_BOOLEAN, NO_MAPPING = (["Not a valid string."], ["Not a valid boolean."], ["Not a valid mapping type."])
 NULL, UNKNOWN, MISSING = ["Field may not be null."], ["Unknown field."], ["Missing data for required field."]
-NUL, SURROGATE = ["a string must not hold a NUL"], ["a string must not hold a lone surrogate"]
+NUL, SURROGATE = ["a string must not contain NUL"], ["a string must not contain a lone surrogate"]
 
 
 def errors(schema: Schema, value: Any) -> Any:
@@ -138,29 +149,33 @@ def errors(schema: Schema, value: Any) -> Any:
     return refused.value.messages
 
 
+def read(body: Any, key: str | None = None, **query: str | list[str]) -> RebindRequest:
+    """The request that ada sends with this body and these query parameters."""
+    given = {name: value if isinstance(value, list) else [value] for name, value in query.items()}
+    return rebind_request(body, rebind_query(given), key, "ada")
+
+
 def test_a_request_needs_a_reason_and_data_alone() -> None:
-    assert RebindRequestSchema().load({"reason": "", "data": {}}) == RebindRequest("", {})
+    assert read({"reason": "", "data": {}}) == RebindRequest("", {}, actor="ada")
     assert errors(RebindRequestSchema(), {}) == {"reason": MISSING, "data": MISSING}
 
 
 def test_every_field_of_a_request_is_read_as_it_stands() -> None:
+    criteria = {"campaign": "", "tenant": " acme ", "domain": "Example.COM", "routing_domain": "mx"}
     body = {
         "reason": " Cleaning up ",
         "data": {"": "", "é": "💌", "queue": "null"},
-        "campaign": "",
-        "tenant": " acme ",
-        "domain": "Example.COM",
-        "routing_domain": "mx",
         "trigger_rebind_event": True,
         "always_flush": True,
         "suppress_logging": True,
     }
-    assert RebindRequestSchema().load(body) == RebindRequest(**body)  # type: ignore[arg-type]
+    expected = RebindRequest(**body, criteria=Criteria(**criteria), actor="ada")  # type: ignore[arg-type]
+    assert read(body | criteria) == expected
 
 
 def test_a_criterion_that_is_null_is_none() -> None:
     body = DATA | dict.fromkeys(("campaign", "tenant", "domain", "routing_domain"))
-    assert RebindRequestSchema().load(body) == RebindRequest("r", {})
+    assert read(body) == RebindRequest("r", {}, actor="ada")
 
 
 def wrong_fields() -> Iterator[tuple[str, Any, Any]]:
@@ -189,6 +204,9 @@ def wrong_fields() -> Iterator[tuple[str, Any, Any]]:
     yield "data", {"a\0": "b"}, {"a\0": {"key": NUL}}
     yield "data", {"\ud800": "b"}, {"\ud800": {"key": SURROGATE}}
     yield "data", {"\ud800": "\0"}, {"\ud800": {"key": SURROGATE, "value": NUL}}
+    yield "data", {str(n): "" for n in range(1001)}, ["Longer than maximum length 1000."]
+    for key in NAMING_KEYS:
+        yield "data", {key: "", "x": ""}, {key: {"value": [f"Must not be empty: ?unset={key} removes the key."]}}
     misspelt = ("campaing", "Domain", "domain ", "domain\u200b", "dom\u0430in")  # the last with a Cyrillic letter
     for field in (*misspelt, "$where", "__class__", "_schema", "dry_run", "limit", "", "\0", "\ud800", "a" * 100_000):
         yield field, "example.com", UNKNOWN
@@ -217,32 +235,112 @@ def test_what_is_no_object_is_no_request(value: Any) -> None:
     assert errors(RebindRequestSchema(), value) == {"_schema": ["Invalid input type."]}
 
 
+def test_data_may_have_1000_keys() -> None:
+    data = {str(n): "" for n in range(1000)}
+    assert read(DATA | {"data": data}).data == data
+
+
+def test_with_the_event_data_says_nothing_of_a_name() -> None:
+    data = dict.fromkeys(NAMING_KEYS, "")
+    assert read(DATA | {"data": data, "trigger_rebind_event": True}).data == data
+
+
 # The query
 
 
 @pytest.mark.parametrize(
-    ("query", "options"),
+    ("query", "fields"),
     [
-        ({}, {"dry_run": False, "limit": None}),
-        ({"dry_run": "true"}, {"dry_run": True, "limit": None}),
-        ({"dry_run": "false", "limit": "1"}, {"dry_run": False, "limit": 1}),
-        ({"limit": "999999999999999999"}, {"dry_run": False, "limit": 10**18 - 1}),
+        ({"dry_run": "true"}, {"dry_run": True}),
+        ({"dry_run": "false", "limit": "1"}, {"limit": 1}),
+        ({"limit": "999999999999999999"}, {"limit": 10**18 - 1}),
+        ({"unset": ["b", "a", "", "b"]}, {"unset": ("b", "a", "")}),
+        ({"undo": "x", "limit": "2", "dry_run": "true"}, {"undo": "x", "limit": 2, "dry_run": True}),
+        ({"undo": ""}, {"undo": ""}),
     ],
+    ids=str,
 )
-def test_a_query_is_read(query: dict[str, str], options: dict[str, Any]) -> None:
-    assert RebindQuerySchema().load(query) == options
+def test_a_query_is_read(query: dict[str, Any], fields: dict[str, Any]) -> None:
+    assert read(DATA, **query) == RebindRequest("r", {}, actor="ada", **fields)
+
+
+def query_errors(body: Any = DATA, **query: Any) -> Any:
+    """What is wrong with the query."""
+    with pytest.raises(QueryError) as refused:
+        read(body, **query)
+    return refused.value.messages
 
 
 @pytest.mark.parametrize(
     "limit", ["", "0", "-1", "1.5", "+1", " 1", "1 ", "1\n", "1\0", "01", "٣", "1e3", "1_0", "9" * 19]
 )
 def test_a_limit_is_a_whole_number_from_1(limit: str) -> None:
-    assert errors(RebindQuerySchema(), {"limit": limit}) == {"limit": ["Not a whole number from 1 to 10^18 - 1."]}
+    assert query_errors(limit=limit) == {"limit": ["Not a whole number from 1 to 10^18 - 1."]}
 
 
 @pytest.mark.parametrize("dry_run", ["", "True", "TRUE", "yes", "on", "1", "0", "true ", "false,true"])
 def test_a_dry_run_is_true_or_false(dry_run: str) -> None:
-    assert errors(RebindQuerySchema(), {"dry_run": dry_run}) == {"dry_run": NO_BOOLEAN}
+    assert query_errors(dry_run=dry_run) == {"dry_run": NO_BOOLEAN}
+
+
+TWICE = ["Given more than once."]
+
+
+def test_every_parameter_but_unset_may_be_given_once() -> None:
+    assert query_errors(limit=["1", "1"], dry_run=["true", "false"], undo=["a", "a"]) == dict.fromkeys(
+        ("limit", "dry_run", "undo"), TWICE
+    )
+
+
+def test_a_key_or_an_id_that_cannot_be_stored_is_refused() -> None:
+    assert query_errors(unset=["a", "\0"], undo="\ud800") == {"unset": {1: NUL}, "undo": SURROGATE}
+
+
+EVENT = {"trigger_rebind_event": True}
+UNDO = {"undo": ["Needs data to be {}, and is not allowed with unset or trigger_rebind_event."]}
+CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
+    "unset with the event": (EVENT, {"unset": "a"}, {"unset": ["Not allowed with trigger_rebind_event."]}),
+    "unset of keys that data sets": (
+        {"data": {"a": "", "b": "", "é": ""}},
+        {"unset": ["é", "c", "a"]},
+        {"unset": ["Set by data: '\\xe9', 'a'."]},
+    ),
+    "undo with data": ({"data": {"a": ""}}, {"undo": "x"}, UNDO),
+    "undo with the event": (EVENT, {"undo": "x"}, UNDO),
+    "undo with unset": ({}, {"undo": "x", "unset": "a"}, UNDO),
+}
+
+
+@pytest.mark.parametrize(("body", "query", "wrong"), CONFLICTS.values(), ids=CONFLICTS)
+def test_a_query_that_conflicts_is_refused(body: dict[str, Any], query: dict[str, Any], wrong: Any) -> None:
+    assert query_errors(DATA | body, **query) == wrong
+
+
+# The Idempotency-Key
+
+KEYS = {
+    '"a"': "a",
+    '"8e03978e-40d5-43e8-bc93-6894a57f9324"': "8e03978e-40d5-43e8-bc93-6894a57f9324",
+    '" ~!#[]"': " ~!#[]",
+    r'"\\\""': '\\"',
+    '"' + "a" * 255 + '"': "a" * 255,
+    '"' + r"\"" * 255 + '"': '"' * 255,
+}
+NO_KEYS = ["", "a", '""', '"', '"a', 'a"', "'a'", r'"\"', r'"\a"', '"a"b"', '"é"', '"a\t"', '"a\x7f"']
+NO_KEYS += ['"a", "b"', '"a";b', '"' + "a" * 256 + '"', "5", "?1", ":YQ==:"]
+
+
+@pytest.mark.parametrize(("header", "key"), [(None, None), *KEYS.items()])
+def test_an_idempotency_key_is_a_string_in_quotes(header: str | None, key: str | None) -> None:
+    assert idempotency_key(header) == key
+
+
+@pytest.mark.parametrize("header", NO_KEYS)
+def test_no_other_idempotency_key_is_taken(header: str) -> None:
+    wrong = 'Not a string in quotes, such as "8e03978e", of 1 to 255 characters.'
+    with pytest.raises(QueryError) as refused:
+        idempotency_key(header)
+    assert refused.value.messages == {"Idempotency-Key": [wrong]}
 
 
 # Messages to load
@@ -284,17 +382,17 @@ WRONG_MESSAGES: dict[str, tuple[str, Any, Any]] = {
     "sender a number": ("sender", 5, NO_STRING),
     "sender with a NUL": ("sender", "\0", NUL),
     "recipient null": ("recipient", None, NULL),
-    "recipient a number": ("recipient", 5, ["int is no string"]),
-    "recipient an object": ("recipient", {"a@b": 1}, ["dict is no string"]),
+    "recipient a number": ("recipient", 5, ["expected a string, got int"]),
+    "recipient an object": ("recipient", {"a@b": 1}, ["expected a string, got dict"]),
     "no recipients": ("recipient", [], ["there is no recipient"]),
-    "no address": ("recipient", "ada", ["'ada' is no address local@domain"]),
-    "one recipient no address": ("recipient", ["a@b", "@b"], ["'@b' is no address local@domain"]),
+    "no address": ("recipient", "ada", ["'ada' is not an address (local@domain)"]),
+    "one recipient no address": ("recipient", ["a@b", "@b"], ["'@b' is not an address (local@domain)"]),
     "recipient with a surrogate": ("recipient", "a@\ud800", SURROGATE),
     "meta null": ("meta", None, NULL),
     "meta a list": ("meta", [], NO_MAPPING),
     "meta with a NUL within": ("meta", {"a": [{"b": "\0"}]}, NUL),
     "meta with a surrogate for a key": ("meta", {"\ud800": 1}, SURROGATE),
-    "meta too deep": ("meta", {"a": json.loads("[" * 300 + "]" * 300)}, ["it is nested deeper than 200"]),
+    "meta too deep": ("meta", {"a": json.loads("[" * 300 + "]" * 300)}, ["nesting is deeper than 200"]),
     "data a number": ("data", 5, NO_STRING),
     "due without a zone": ("due", "2026-01-01T00:00:00", ["Not a valid aware datetime."]),
     "due no time": ("due", "soon", ["Not a valid datetime."]),
