@@ -371,7 +371,7 @@ def test_the_history_says_what_an_undo_did(queues: QueueRegistry, url: str) -> N
     first = ask(queues, {"tenant": "t"})
     undo(queues, first, reason="a mistake")
     row = history(url)[-1]
-    asked = {"reason": "a mistake", "data": {}, "unset": [], "undo": first.rebind_id}
+    asked: dict[str, Any] = {"reason": "a mistake", "data": {}, "unset": [], "undo": first.rebind_id}
     assert (row["request"], row["matched"], row["moved"], row["flushed"], row["left_alone"]) == (asked, 1, 1, 1, 0)
 
 
@@ -381,14 +381,17 @@ def test_records_say_what_each_rebind_made_of_a_message_whatever_became_of_it_la
     queues.load(message(["ada@a.example", "bob@b.example"], meta=meta) for meta in METAS)
     done: list[RebindResult] = []
     expected = []
-    ways: list[dict[str, Any]] = [
+    ways: list[dict[str, Any] | None] = [  # None is an undo of the one before
         {"data": {"campaign": "x", "n": "1"}},
         {"data": {"tenant": "y"}, "unset": ("queue", "n")},
         {"trigger_rebind_event": True},
+        None,
+        None,
+        {},
     ]
-    for fields in [*ways, "undo", "undo", {}]:
+    for fields in ways:
         old = names(url)
-        done.append(undo(queues, done[-1]) if fields == "undo" else ask(queues, **fields))
+        done.append(undo(queues, done[-1]) if fields is None else ask(queues, **fields))
         expected += [
             (row["sender"], row["recipient"], row["meta"], queue, row["queue"], done[-1].rebind_id)
             for row, queue in zip(stored(url), old, strict=True)
