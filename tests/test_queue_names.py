@@ -178,7 +178,7 @@ def test_a_recipient_that_is_not_an_address_is_refused(recipient: str | list[str
     ids=str,
 )
 def test_a_request_matches_a_name_whose_parts_equal_its_criteria(criteria: dict[str, str], name: str) -> None:
-    assert Criteria(**criteria).match(QueueName.parse(name))  # type: ignore[arg-type]
+    assert Criteria(**criteria).match(QueueName.parse(name))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_request_matches_a_name_whose_parts_equal_its_criteria(criteria: dict[
     ids=str,
 )
 def test_a_request_matches_no_name_of_which_one_part_differs(criteria: dict[str, str], name: str) -> None:
-    assert not Criteria(**criteria).match(QueueName.parse(name))  # type: ignore[arg-type]
+    assert not Criteria(**criteria).match(QueueName.parse(name))
 
 
 def test_each_queue_that_matches_is_found_and_no_other(queues: QueueRegistry, url: str) -> None:
