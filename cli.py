@@ -3,22 +3,24 @@
 import itertools
 import json
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, BinaryIO, TypeVar
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, TypeVar
 
 import click
 from flask import Flask
-from marshmallow import ValidationError
-from marshmallow.exceptions import SCHEMA
 
 from history import printable
+from kumo import WrongFile, read_messages
 from message import NewMessage
 from names import QueueName
-from queues import DuplicateMessage, registry
-from schemas import NotJSON, inspected_messages, parse_json
+from queues import DuplicateMessage, Loaded, registry
 from store import StoreError
 
 Answer = TypeVar("Answer")
@@ -26,7 +28,6 @@ Answer = TypeVar("Answer")
 POLL = 0.5  # seconds between two looks for new records
 DRAW = 2**16  # bytes between two drawings of the progress bar
 MAX_KEY = 2**63 - 1  # what both engines can count to
-MAX_REASONS = 5  # that an error names, of all that is wrong in one answer
 
 
 def init_app(app: Flask) -> None:
@@ -36,22 +37,43 @@ def init_app(app: Flask) -> None:
 
 
 @click.command()
-@click.argument("files", type=click.File("rb"), nargs=-1, required=True)
-def load(files: tuple[BinaryIO, ...]) -> None:
+@click.argument("files", type=click.Path(allow_dash=True), nargs=-1, required=True)
+def load(files: tuple[str, ...]) -> None:
     """Load messages from FILES, or standard input (-): all of them or, when something is wrong, none.
 
-    A file holds answers of KumoMTA's inspect-message or inspect-sched-q, one in all or one a line.
+    A file holds answers of KumoMTA's inspect-message or inspect-sched-q, one after the other.
     """
-    sizes = [os.fstat(file.fileno()).st_size for file in files]
+    sizes = answered(lambda: [(os.fstat(0) if file == "-" else Path(file).stat()).st_size for file in files])
     length = sum(sizes) if all(sizes) else None  # of a pipe it is not known
     label, hidden = "loading", not sys.stderr.isatty()
     with click.progressbar(
         itertools.count(), length, label, file=sys.stderr, hidden=hidden, update_min_steps=DRAW
     ) as bar:
-        new = (message for file in files for message in read_messages(file, bar.update))
-        answered(registry.prepare)
-        loaded, discarded = answered(lambda: registry.load(new))
-    click.echo(f"{loaded} messages loaded, {discarded} discarded")
+        loaded = answered(lambda: load_checked(files, bar.update))
+    empty = f", {loaded.empty} of them without content" if loaded.empty else ""
+    click.echo(f"{loaded.messages} messages loaded{empty}, {loaded.discarded} discarded")
+
+
+def load_checked(files: tuple[str, ...], progress: Callable[[int], None]) -> Loaded:
+    """Load messages after all of them were read and checked, which may take long: no lock is held meanwhile.
+
+    docs/contract.md, "Loading and printing messages".
+    """
+    with TemporaryFile() as kept:
+        for name in files:
+            with click.open_file(name, "rb") as file:
+                for message in read_messages(file, progress):
+                    pickle.dump(message, kept)
+        kept.seek(0)
+        registry.prepare()
+        return registry.load(unpickled(kept))
+
+
+def unpickled(file: IO[bytes]) -> Iterator[NewMessage]:
+    """The messages in a file of our own."""
+    with suppress(EOFError):
+        while True:
+            yield pickle.load(file)  # noqa: S301
 
 
 @click.command()
@@ -85,51 +107,6 @@ def log(follow: bool, after: int) -> None:
         click.echo(json.dumps(record))
 
 
-def read_messages(file: BinaryIO, progress: Callable[[int], None]) -> Iterator[NewMessage]:
-    """The messages of a file; one line, or one whole document, is in memory at once.
-
-    progress: is told of each text that was read, how many bytes it has.
-    Raises click.ClickException with file, line and field of what is wrong.
-    """
-    for line, text in documents(file):
-        progress(len(text))
-        text = text.rstrip()  # so that what ends too early ends on its own line
-        if not text:
-            continue
-        source = f"{file.name}:{line}"
-        try:
-            yield from inspected_messages(parse_json(text, line), source)
-        except NotJSON as error:
-            raise failure(f"{source}: this is not JSON that can be read: {error}") from error
-        except ValidationError as error:
-            reasons = list(by_field(error.messages))
-            more = [f"and {len(reasons) - MAX_REASONS} more"] if len(reasons) > MAX_REASONS else []
-            raise failure(f"{source}: {'; '.join(reasons[:MAX_REASONS] + more)}") from error
-
-
-def documents(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers, blank ones too.
-
-    Where the first that is not blank is no object of its own, it comes with all that follows it.
-    """
-    lines = enumerate(file, 1)
-    for line, text in lines:
-        if text.strip():
-            yield line, text if text.rstrip().endswith(b"}") else text + file.read()
-            break
-        yield line, text
-    yield from lines
-
-
-def by_field(messages: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """marshmallow's tree of error messages as lines `field: reason`, the field with its path."""
-    if isinstance(messages, dict):
-        for field, below in messages.items():
-            yield from by_field(below, path if field == SCHEMA else (*path, str(field)))
-    else:
-        yield ": ".join(filter(None, (".".join(path), " ".join(messages))))
-
-
 def answered(question: Callable[[], Answer]) -> Answer:
     """What the registry answers.
 
@@ -137,7 +114,7 @@ def answered(question: Callable[[], Answer]) -> Answer:
     """
     try:
         return question()
-    except DuplicateMessage as error:
+    except (DuplicateMessage, WrongFile, OSError) as error:
         raise failure(str(error)) from error
     except StoreError as error:
         raise failure(error.in_full) from error

@@ -43,6 +43,8 @@ class NewMessage:
     recipient: str | list[str]
     content: bytes = b""
     meta: dict[str, Any] = field(default_factory=dict)
+    created: float | None = None
+    """When it was received, in seconds since 1970; None is now."""
     due: float | None = None
     """When it is eligible for delivery, in seconds since 1970; None is now."""
     num_attempts: int = 0

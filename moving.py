@@ -6,7 +6,7 @@ An engine offers two ways to change messages: `update_all` changes them by SQL a
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -26,8 +26,10 @@ from sqlalchemy import (
 
 from store import MAX_NAME, TOO_LONG, StoreRefused, log, messages
 
+Item = TypeVar("Item")
+
 BATCH = 500  # messages or records that are in memory at once
-MAX_BATCH = 2**22  # characters of their metadata
+MAX_BATCH = 2**22  # characters of their metadata, or bytes of their contents
 MAX_MOVES = 100  # entries of a plan
 
 Row = Sequence[Any]
@@ -169,16 +171,16 @@ def plan(db: Connection, found: Selection, new_queue: ColumnElement[str], octets
     return Plan(int(matched), int(moving or 0), [Move(*row[:3]) for row in rows], entries - len(rows))
 
 
-def batches(updates: Iterator[Update]) -> Iterator[list[Update]]:
-    """The updates, so many at a time."""
-    batch: list[Update] = []
-    size = 0
-    for one in updates:
+def batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items, BATCH at a time, or fewer if they are large."""
+    batch: list[Item] = []
+    total = 0
+    for one in items:
         batch.append(one)
-        size += len(one.meta)
-        if len(batch) == BATCH or size > MAX_BATCH:
+        total += size(one)
+        if len(batch) == BATCH or total > MAX_BATCH:
             yield batch
-            batch, size = [], 0
+            batch, total = [], 0
     if batch:
         yield batch
 

@@ -93,8 +93,8 @@ def _set_up(connection: Any, busy_timeout: float) -> None:
 
 
 def shown(url: str) -> str:
-    """The store for people: its URL without a password."""
-    return make_url(url).set(password=None, query={}).render_as_string()
+    """The store for people: its URL, whose password SQLAlchemy hides, without options: one may be a password."""
+    return make_url(url).set(query={}).render_as_string()
 
 
 def create_file(url: str) -> None:
@@ -256,7 +256,7 @@ def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str
     db.exec_driver_sql(f"DECLARE each_message CURSOR FOR {each}", each.params)
     change = _update_batch(rebind_id).compile(db)
     with _pipeline(db) as driver:
-        for batch in batches(decide(_read_ahead(driver))):
+        for batch in batches(decide(_read_ahead(driver)), lambda one: len(one.meta)):
             updates = to_json([one._asdict() for one in batch])
             driver.execute(str(change), change.params | {"updates": updates})
 

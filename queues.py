@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import CTE, ColumnElement, Connection, func, insert, select, true
 from sqlalchemy.engine import make_url
@@ -38,7 +37,7 @@ from message import (
     recipient_text,
     to_json,
 )
-from moving import BATCH, MAX_MOVES, Move, NewState, Plan, Row, Selection, Update, plan
+from moving import MAX_MOVES, Move, NewState, Plan, Row, Selection, Update, batches, plan
 from names import DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
 from store import MAX_NAME, TOO_LONG, Database, StoreConflict, StoreRefused, StoreUnusable, contents, messages
 
@@ -56,6 +55,14 @@ class QueueSummary:
     messages: int
     due: int
     """How many of its messages are due now."""
+
+
+class Loaded(NamedTuple):
+    """How many messages were added, how many of those have no content, and how many were discarded."""
+
+    messages: int
+    empty: int
+    discarded: int
 
 
 class DuplicateMessage(Exception):
@@ -141,27 +148,24 @@ class QueueRegistry:
         flushed = planned.matched if request.always_flush else planned.moved
         return RebindResult(planned.matched, planned.moved, flushed, left, plan=planned)
 
-    def load(self, new: Iterable[NewMessage]) -> tuple[int, int]:
-        """Add messages, all or none of them. Returns how many were added and how many, for queue `null`, discarded.
+    def load(self, new: Iterable[NewMessage]) -> Loaded:
+        """Add messages, all or none of them, except those for the queue `null`, which are discarded.
 
-        The messages are read before the store is locked for as long as one batch needs, and then batch by batch.
-
+        The store may be locked for as long as they take to be read.
         Raises DuplicateMessage, StoreRefused and StoreUnavailable, and ValueError if a recipient has no domain.
         """
-        loaded = discarded = 0
-        stream = iter(new)
-        batch = list(islice(stream, BATCH))
+        added = empty = discarded = 0
         with self.database.begin_write() as db:
-            while batch:
+            for batch in batches(new, lambda one: len(one.content)):
                 rows = [row for row in map(_row, batch) if row["queue"] != DISCARDED]
                 _refuse_duplicates(db, batch)
                 if rows:
                     db.execute(insert(messages), rows)
                     db.execute(insert(contents), [{"id": row["id"], "data": row["content"]} for row in rows])
-                loaded += len(rows)
+                added += len(rows)
+                empty += sum(not row["content"] for row in rows)
                 discarded += len(batch) - len(rows)
-                batch = list(islice(stream, BATCH))
-        return loaded, discarded
+        return Loaded(added, empty, discarded)
 
     def queues(self) -> list[QueueSummary]:
         """The queues, by name. Raises StoreUnavailable."""
@@ -332,7 +336,7 @@ def _row(new: NewMessage) -> dict[str, Any]:
         "queue": queue_name(new.meta, domain),
         "meta": new.meta,
         "size": len(new.content),
-        "created": now,
+        "created": now if new.created is None else new.created,
         "due": now if new.due is None else new.due,
         "num_attempts": new.num_attempts,
         "content": new.content,

@@ -1,4 +1,4 @@
-"""What is read from outside, and what is refused: JSON itself, the request's body and query, a message to load.
+"""What is read from outside, and what is refused: JSON itself, and the request's body and query.
 
 marshmallow converts many values to the type that it wants. Here a value has its type, or is an error.
 """
@@ -6,42 +6,88 @@ marshmallow converts many values to the type that it wants. Here a value has its
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from codecs import BOM_UTF8
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
-from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
+from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 
 from history import RebindRequest
-from message import NewMessage, check_json, check_text, domain_of
-from names import NAMING_KEYS, Criteria, queue_name
-from store import MAX_NAME
+from message import check_text
+from names import NAMING_KEYS, Criteria
 
 MAX_KEYS = 1000  # of `data`
 
+_NOT_SPACE = re.compile(r"[^ \t\r\n]")
+
 
 class NotJSON(ValueError):
-    """A text that is not JSON, or that cannot be read without guessing what it means."""
+    """A text that is not JSON, or that cannot be read without guessing what it means.
+
+    line: in a file, the number of the line on which the document begins.
+    """
+
+    def __init__(self, reason: str, line: int = 1) -> None:
+        super().__init__(reason)
+        self.line = line
 
 
-def parse_json(text: bytes, line: int = 1) -> Any:
+def parse_json(text: bytes) -> Any:
     """Read JSON (RFC 8259) from UTF-8, and refuse what Python's own reader lets pass.
 
-    line: the number of the text's first line, for error messages.
     Raises NotJSON: bad syntax or UTF-8, NaN, a number beyond a double, a key given twice, nesting too deep.
     """
+    with _strictly():
+        return json.loads(text.decode(), **_HOOKS)
+
+
+def json_documents(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    """The JSON documents of a file, one after the other, each with the number of the line on which it begins.
+
+    What is in memory is at most a document, and as much again. Raises NotJSON as `parse_json` does.
+    """
+    parts, size, enough, line = [""], 0, 0, 1
+    for number, each in enumerate(chain(lines, [b""]), 1):  # the empty one is the end
+        with _strictly(number):
+            parts.append((each.removeprefix(BOM_UTF8) if number == 1 else each).decode())
+        size += len(parts[-1])
+        if size >= enough or not each:
+            rest, line = yield from _complete_documents("".join(parts), line, ended=not each)
+            parts, size, enough = [rest], len(rest), 2 * len(rest)  # so that all attempts together take linear time
+
+
+def _complete_documents(text: str, line: int, ended: bool) -> Generator[tuple[int, Any], None, tuple[str, int]]:
+    """The documents that are complete; returns the rest of the text, and the number of its first line."""
+    text, at = text.rstrip(" \t\r\n") if ended else text, 0  # what ends too early ends on its own line
+    while begin := _NOT_SPACE.search(text, at):
+        line += text.count("\n", at, begin.start())
+        with _strictly(line):
+            try:
+                document, at = _decoder.raw_decode(text, begin.start())
+            except json.JSONDecodeError as error:
+                # No token of JSON spans lines, so the lines of an incomplete document fail at their end.
+                if not ended and not text[error.pos :].strip():
+                    return text[begin.start() :], line
+                wrong = line + text.count("\n", begin.start(), error.pos)
+                raise ValueError(f"{error.msg}: line {wrong} column {error.colno}") from None
+        yield line, document
+        line += text.count("\n", begin.start(), at)
+    return "", line + text.count("\n", at)
+
+
+@contextmanager
+def _strictly(line: int = 1) -> Iterator[None]:
+    """Turn whatever a decoder raises into NotJSON."""
     try:
-        return json.loads(
-            text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float
-        )
+        yield
     except RecursionError:
-        raise NotJSON("it is nested too deep to read") from None
+        raise NotJSON("it is nested too deep to read", line) from None
     except UnicodeDecodeError as error:
-        raise NotJSON(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        position = f"line {line + error.lineno - 1} column {error.colno} (char {error.pos})"
-        raise NotJSON(f"{error.msg}: {position}") from None
+        raise NotJSON(f"it is not UTF-8: {error.reason} at byte {error.start}", line) from None
     except ValueError as error:
-        raise NotJSON(str(error)) from None
+        raise NotJSON(str(error), line) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,7 +109,11 @@ def _finite_float(digits: str) -> float:
     return number
 
 
-def _checked(check: Any) -> Any:
+_HOOKS: Any = {"object_pairs_hook": _unique, "parse_constant": _no_constant, "parse_float": _finite_float}
+_decoder = json.JSONDecoder(**_HOOKS)
+
+
+def checked(check: Any) -> Any:
     """A validator of marshmallow's that calls `check`."""
 
     def validator(value: Any) -> None:
@@ -77,7 +127,7 @@ def _checked(check: Any) -> Any:
 
 def text(**kwargs: Any) -> fields.String:
     """A string that both databases can hold."""
-    return fields.String(validate=_checked(check_text), **kwargs)
+    return fields.String(validate=checked(check_text), **kwargs)
 
 
 class StrictBoolean(fields.Boolean):
@@ -184,72 +234,3 @@ def _conflicts(request: RebindRequest) -> Iterator[tuple[str, list[str]]]:
         yield "unset", [f"Set by data: {', '.join(map(ascii, both))}."]
     if request.undo is not None and (request.data or request.unset or request.trigger_rebind_event):
         yield "undo", ["Needs data to be {}, and is not allowed with unset or trigger_rebind_event."]
-
-
-class RecipientField(fields.Field[str | list[str]]):
-    """An address, or a list of at least one."""
-
-    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str | list[str]:
-        _checked(domain_of)(value)
-        return value  # type: ignore[no-any-return]
-
-
-class MessageSchema(Schema):
-    """What KumoMTA tells of a message."""
-
-    sender = text(required=True)
-    recipient = RecipientField(required=True)
-    meta = fields.Dict(load_default=dict, validate=_checked(check_json))
-    data = fields.String(load_default="", allow_none=True, validate=_checked(str.encode))
-    due = fields.AwareDateTime(load_default=None, allow_none=True)
-    num_attempts = StrictInteger(load_default=0, validate=validate.Range(0, 2**31 - 1))
-    scheduling = fields.Raw(load_only=True)  # KumoMTA's limits to the hours of delivery, which we do not keep
-
-    @validates_schema
-    def _can_be_queued(self, message: dict[str, Any], **_: Any) -> None:
-        if len(queue_name(message["meta"], domain_of(message["recipient"])).encode()) > MAX_NAME:
-            raise ValidationError(f"the name of its queue is longer than {MAX_NAME} bytes", "meta")
-
-
-class InspectedMessageSchema(Schema):
-    """The answer of KumoMTA's `inspect-message`."""
-
-    id = fields.String(required=True, validate=[validate.Length(1), _checked(check_text)])
-    message = fields.Nested(MessageSchema, required=True)
-
-
-class InspectedQueueSchema(Schema):
-    """The answer of KumoMTA's `inspect-sched-q`: what it says of the queue besides the messages is of no use here."""
-
-    class Meta:
-        unknown = EXCLUDE
-
-    messages = fields.List(fields.Nested(InspectedMessageSchema), required=True)
-
-
-_inspected_message, _inspected_queue = InspectedMessageSchema(), InspectedQueueSchema()
-
-
-def inspected_messages(value: Any, source: str) -> Iterable[NewMessage]:
-    """The messages of one of KumoMTA's answers, to load; `source` says where it stood.
-
-    Raises ValidationError.
-    """
-    if isinstance(value, dict) and "messages" in value:
-        answers = _inspected_queue.load(value)["messages"]
-    else:
-        answers = [_inspected_message.load(value)]
-    return [_new_message(answer["id"], answer["message"], source) for answer in answers]
-
-
-def _new_message(id: str, message: dict[str, Any], source: str) -> NewMessage:
-    return NewMessage(
-        id=id,
-        sender=message["sender"],
-        recipient=message["recipient"],
-        content=(message["data"] or "").encode(),
-        meta=message["meta"],
-        due=message["due"] and message["due"].timestamp(),
-        num_attempts=message["num_attempts"],
-        source=source,
-    )

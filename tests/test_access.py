@@ -13,14 +13,24 @@ import subprocess
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import bcrypt
 import pytest
-from conftest import PATH, Service, launch, logged, message, start_service, stop_service, stored, until
+from conftest import (
+    PATH,
+    Answer,
+    Service,
+    is_problem,
+    launch,
+    logged,
+    message,
+    start_service,
+    stop_service,
+    stored,
+    until,
+)
 from flask.testing import FlaskClient
 
 from access import AccessError
@@ -30,15 +40,6 @@ from queues import QueueRegistry
 HERE, THERE = "127.0.0.1", "127.0.0.2"
 BODY = json.dumps({"reason": "a test", "data": {"queue": "elsewhere"}})
 PASSWORD = "correct horse"
-
-
-@dataclass
-class Answer:
-    """A response that was read to its end."""
-
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -100,14 +101,6 @@ def write_users(path: Path, /, **passwords: str) -> Path:
     new = path.with_name("new")
     new.write_text("".join(f"{user}:{hashed(password)}\n" for user, password in passwords.items()))
     return new.replace(path)
-
-
-def is_problem(answer: Answer, status: int, detail: str) -> bool:
-    """Assert that the answer is this problem document (RFC 9457) and nothing else."""
-    problem = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    assert (answer.status, answer.headers["Content-Type"]) == (status, "application/problem+json")
-    assert json.loads(answer.body) == problem
-    return True
 
 
 def is_unauthorized(answer: Answer) -> bool:
@@ -192,7 +185,7 @@ def actors(url: str) -> list[str]:
 
 def actors_said(service: Service, path: str) -> list[str]:
     """The actor in each line of the diagnostic log about a GET of this path."""
-    return re.findall(rf": (.*) GET '{path}'", service.output.read_text())
+    return re.findall(rf"INFO in app: (.*) GET {path} ", service.output.read_text())
 
 
 # Every path and method
@@ -214,17 +207,17 @@ def test_every_path_and_method_is_guarded(
 
 
 def test_head_is_guarded(with_users: Service, without_users: Service) -> None:
-    assert ask(with_users, THERE, method="HEAD", path="/elsewhere", body="").status == 401
-    assert ask(without_users, THERE, method="HEAD", path="/elsewhere", body="").status == 403
+    assert ask(with_users, THERE, method="HEAD", path="/elsewhere", body="").status_code == 401
+    assert ask(without_users, THERE, method="HEAD", path="/elsewhere", body="").status_code == 403
 
 
 @pytest.mark.parametrize(("peer", "headers"), [(HERE, []), (THERE, [ADA])], ids=["by address", "by credentials"])
 def test_whoever_may_ask_learns_what_is_wrong_with_the_request(
     with_users: Service, peer: str, headers: list[tuple[str, str]]
 ) -> None:
-    assert ask(with_users, peer, *headers, method="GET", path="/elsewhere").status == 404
-    assert ask(with_users, peer, *headers, method="GET").status == 405
-    assert ask(with_users, peer, *headers, body="{").status == 400
+    assert ask(with_users, peer, *headers, method="GET", path="/elsewhere").status_code == 404
+    assert ask(with_users, peer, *headers, method="GET").status_code == 405
+    assert ask(with_users, peer, *headers, body="{").status_code == 400
 
 
 def test_the_host_header_may_name_any_host(without_users: Service) -> None:
@@ -269,7 +262,7 @@ def test_a_peer_in_a_trusted_network_may_ask(url: str, trusted: str, peer: str, 
 
 def test_without_an_htpasswd_file_credentials_are_ignored(without_users: Service, url: str) -> None:
     assert is_forbidden(ask(without_users, THERE, ADA))
-    assert ask(without_users, HERE, ADA).status == 200
+    assert ask(without_users, HERE, ADA).status_code == 200
     assert actors(url) == [HERE]
 
 
@@ -311,12 +304,12 @@ def test_only_as_many_proxies_are_believed_as_are_configured(
         assert is_unauthorized(answer)
         assert actors(url) == []
     else:
-        assert answer.status == 200
+        assert answer.status_code == 200
         assert actors(url) == [peer if headers else connection]
 
 
 def test_behind_a_proxy_a_user_may_ask_from_any_address(behind: Callable[[int], Service], url: str) -> None:
-    assert ask(behind(1), "unix", forwarded("192.0.2.1"), ADA).status == 200
+    assert ask(behind(1), "unix", forwarded("192.0.2.1"), ADA).status_code == 200
     assert actors(url) == ["ada"]
 
 
@@ -325,7 +318,7 @@ def test_behind_a_proxy_a_user_may_ask_from_any_address(behind: Callable[[int], 
 
 @pytest.mark.parametrize("peer", [HERE, THERE, "unix"])
 def test_a_user_may_ask_from_anywhere_and_is_the_actor(with_users: Service, url: str, peer: str) -> None:
-    assert ask(with_users, peer, ADA).status == 200
+    assert ask(with_users, peer, ADA).status_code == 200
     assert actors(url) == ["ada"]
 
 
@@ -405,7 +398,7 @@ def test_the_file_is_read_as_apache_reads_it(url: str, tmp_path: Path) -> None:
 
 def statuses(service: Service, *headers: tuple[str, str], peer: str = THERE) -> set[int]:
     """The statuses of a request that is sent often enough for each worker to answer one."""
-    return {ask(service, peer, *headers).status for _ in range(12)}
+    return {ask(service, peer, *headers).status_code for _ in range(12)}
 
 
 def test_changes_of_the_file_take_effect_immediately(with_users: Service, users: Path) -> None:
@@ -438,7 +431,7 @@ def test_while_the_file_cannot_be_read_no_credentials_are_valid(
 
 def test_a_user_who_stays_may_ask_while_others_come_and_go(with_users: Service, users: Path) -> None:
     def status(_: int) -> int:
-        return ask(with_users, THERE, ADA, method="GET").status
+        return ask(with_users, THERE, ADA, method="GET").status_code
 
     with ThreadPoolExecutor(8) as threads:
         answers = threads.map(status, range(100))
@@ -479,7 +472,7 @@ def test_the_hash_that_stands_for_an_unknown_user_lets_nobody_in(
 # The diagnostic log
 
 
-def test_the_line_of_each_request_names_the_actor(with_users: Service) -> None:
+def test_the_line_of_each_refusal_names_the_actor(with_users: Service) -> None:
     wrong = basic("ada:wrong")
     cases = [(HERE, []), (THERE, []), ("unix", []), (THERE, [ADA]), (THERE, [wrong]), (HERE, [forwarded(THERE)])]
     for n, (peer, headers) in enumerate(cases):
@@ -498,10 +491,10 @@ def test_no_password_is_ever_logged(with_users: Service, users: Path) -> None:
     write_users(users, ada="s3cr3t-right")
     asked = [basic(f"{'nobody' if 'nobody' in secret else 'ada'}:{secret}") for secret in secrets[:4]]
     asked += [basic(b"ada:s3cr3t-\xff"), ("Authorization", "Bearer s3cr3t-bearer")]
-    assert [ask(with_users, THERE, header).status for header in asked] == [200, 401, 401, 401, 401, 401]
+    assert [ask(with_users, THERE, header).status_code for header in asked] == [200, 401, 401, 401, 401, 401]
     for line in ("ada:s3cr3t-plain:s3cr3t", "ada:s3cr3t-plain", "s3cr3t-plain"):
         users.write_text(line + "\n")
-        assert ask(with_users, THERE, basic("ada:s3cr3t-unchecked")).status == 503
+        assert ask(with_users, THERE, basic("ada:s3cr3t-unchecked")).status_code == 503
     output = with_users.output.read_text()
     assert "s3cr3t" not in output
     assert [header for _, header in asked if header.split()[1] in output] == []

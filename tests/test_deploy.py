@@ -26,8 +26,7 @@ from typing import Any
 import bcrypt
 import pytest
 import requests
-from conftest import PATH, ROOT, Service, free_port, logged, message, start_service, stop_service, stored, until
-from requests.adapters import HTTPAdapter
+from conftest import PATH, ROOT, From, Service, free_port, logged, message, start_service, stop_service, stored, until
 from slow import MESSAGES, POLICY, slow_rebind
 
 from app import MAX_BODY
@@ -57,17 +56,6 @@ def directives(name: str) -> list[str]:
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """SQLite alone: what stands before the service has nothing to do with what stands behind it."""
     return f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'queues.db'}"
-
-
-class From(HTTPAdapter):
-    """Ask from an address of one's choice."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        super().__init__()
-
-    def init_poolmanager(self, *args: Any, **options: Any) -> None:
-        super().init_poolmanager(*args, source_address=(self.address, 0), **options)
 
 
 @dataclass
@@ -408,8 +396,8 @@ def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) ->
 @pytest.mark.slow
 def test_the_service_writes_nothing_into_its_own_folder(url: str, tmp_path: Path) -> None:
     """The sandbox lets it read the code, and no more."""
-    for module in ROOT.glob("*.py"):
-        shutil.copy(module, tmp_path)
+    for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(file, tmp_path)
     before = set(tmp_path.iterdir())
     environment = os.environ | {"REBIND_DATABASE_URL": url, "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", "import wsgi"], cwd=tmp_path, env=environment, check=True)

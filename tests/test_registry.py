@@ -36,7 +36,7 @@ from history import RebindResult
 from message import Message
 from moving import BATCH, Move, Plan
 from names import queue_name
-from queues import DuplicateMessage, QueueRegistry, QueueSummary
+from queues import DuplicateMessage, Loaded, QueueRegistry, QueueSummary
 from store import MAX_NAME, StoreRefused
 
 FLAGS = ("trigger_rebind_event", "always_flush", "suppress_logging")
@@ -575,7 +575,7 @@ def test_records_that_are_followed_come_when_they_are_written(queues: QueueRegis
 def test_a_message_is_stored_as_it_was_loaded(queues: QueueRegistry, url: str) -> None:
     new = message("Ada@Example.COM", meta={"tenant": "t", "é": [1]}, content=b"\0\xff", due=1.25, num_attempts=7)
     start = time.time()
-    assert queues.load([new]) == (1, 0)
+    assert queues.load([new]) == Loaded(messages=1, empty=0, discarded=0)
     (row,) = stored(url)
     assert start <= row["created"] <= time.time()
     assert row == row | {
@@ -601,14 +601,14 @@ def test_a_message_without_a_time_is_due_when_it_is_loaded(queues: QueueRegistry
 def test_a_load_discards_messages_for_the_queue_null(queues: QueueRegistry, url: str) -> None:
     kept = [message(meta={"queue": name}) for name in ("Null", "", "null@example.com", "t@null")]
     gone = [message(meta={"queue": "null"}) for _ in range(2)]
-    assert queues.load([gone[0], *kept, gone[1]]) == (4, 2)
+    assert queues.load([gone[0], *kept, gone[1]]) == Loaded(messages=4, empty=0, discarded=2)
     assert [row["id"] for row in stored(url)] == [each.id for each in kept]
     assert contents(url).keys() == {each.id for each in kept}
 
 
 def test_a_load_of_nothing_adds_nothing(queues: QueueRegistry) -> None:
-    assert queues.load([]) == (0, 0)
-    assert queues.load([message(meta={"queue": "null"})]) == (0, 1)
+    assert queues.load([]) == Loaded(messages=0, empty=0, discarded=0)
+    assert queues.load([message(meta={"queue": "null"})]) == Loaded(messages=0, empty=0, discarded=1)
     assert queues.queues() == []
 
 

@@ -9,14 +9,12 @@ import pytest
 from marshmallow import Schema, ValidationError
 
 from history import RebindRequest
-from message import NewMessage
 from names import NAMING_KEYS, Criteria
 from schemas import (
     NotJSON,
     QueryError,
     RebindRequestSchema,
     idempotency_key,
-    inspected_messages,
     parse_json,
     rebind_query,
     rebind_request,
@@ -341,75 +339,3 @@ def test_no_other_idempotency_key_is_taken(header: str) -> None:
     with pytest.raises(QueryError) as refused:
         idempotency_key(header)
     assert refused.value.messages == {"Idempotency-Key": [wrong]}
-
-
-# Messages to load
-
-ADA = {"id": "m1", "message": {"sender": "", "recipient": "ada@example.com"}}
-
-
-def test_a_message_has_defaults_for_what_is_not_said() -> None:
-    assert inspected_messages(ADA, "here") == [NewMessage("m1", "", "ada@example.com", source="here")]
-
-
-def test_messages_of_a_queue_are_read_and_the_rest_of_the_answer_is_not() -> None:
-    full = {
-        "sender": "news@acme.example",
-        "recipient": ["ada@example.com", "bob@example.org"],
-        "meta": {"tenant": "acme", "n": [1, None, {"a": 1.5}]},
-        "data": "é",
-        "due": "2026-01-01T00:00:00+01:00",
-        "num_attempts": 3,
-    }
-    answer = {"queue_name": "acme@example.com", "num_scheduled": 2, "messages": [{"id": "m2", "message": full}, ADA]}
-    assert inspected_messages(answer, "here") == [
-        NewMessage(
-            id="m2",
-            sender="news@acme.example",
-            recipient=["ada@example.com", "bob@example.org"],
-            content="é".encode(),
-            meta={"tenant": "acme", "n": [1, None, {"a": 1.5}]},
-            due=1767222000.0,
-            num_attempts=3,
-            source="here",
-        ),
-        NewMessage("m1", "", "ada@example.com", source="here"),
-    ]
-
-
-WRONG_MESSAGES: dict[str, tuple[str, Any, Any]] = {
-    "sender null": ("sender", None, NULL),
-    "sender a number": ("sender", 5, NO_STRING),
-    "sender with a NUL": ("sender", "\0", NUL),
-    "recipient null": ("recipient", None, NULL),
-    "recipient a number": ("recipient", 5, ["expected a string, got int"]),
-    "recipient an object": ("recipient", {"a@b": 1}, ["expected a string, got dict"]),
-    "no recipients": ("recipient", [], ["there is no recipient"]),
-    "no address": ("recipient", "ada", ["'ada' is not an address (local@domain)"]),
-    "one recipient no address": ("recipient", ["a@b", "@b"], ["'@b' is not an address (local@domain)"]),
-    "recipient with a surrogate": ("recipient", "a@\ud800", SURROGATE),
-    "meta null": ("meta", None, NULL),
-    "meta a list": ("meta", [], NO_MAPPING),
-    "meta with a NUL within": ("meta", {"a": [{"b": "\0"}]}, NUL),
-    "meta with a surrogate for a key": ("meta", {"\ud800": 1}, SURROGATE),
-    "meta too deep": ("meta", {"a": json.loads("[" * 300 + "]" * 300)}, ["nesting is deeper than 200"]),
-    "data a number": ("data", 5, NO_STRING),
-    "due without a zone": ("due", "2026-01-01T00:00:00", ["Not a valid aware datetime."]),
-    "due no time": ("due", "soon", ["Not a valid datetime."]),
-    "due a number": ("due", 5, ["Not a valid datetime."]),
-    "attempts a float": ("num_attempts", 1.0, ["Not a valid integer."]),
-    "attempts a boolean": ("num_attempts", True, ["Not a valid integer."]),
-    "attempts as text": ("num_attempts", "1", ["Not a valid integer."]),
-    "attempts negative": ("num_attempts", -1, None),
-    "attempts too many": ("num_attempts", 2**31, None),
-    "unknown": ("recipients", [], UNKNOWN),
-}
-
-
-@pytest.mark.parametrize(("field", "value", "wrong"), WRONG_MESSAGES.values(), ids=WRONG_MESSAGES)
-def test_a_message_with_a_wrong_value_is_refused(field: str, value: Any, wrong: Any) -> None:
-    message = {"sender": "", "recipient": "ada@example.com"} | {field: value}
-    with pytest.raises(ValidationError) as refused:
-        inspected_messages({"messages": [ADA, {"id": "m2", "message": message}]}, "here")
-    between = ["Must be greater than or equal to 0 and less than or equal to 2147483647."]
-    assert refused.value.messages == {"messages": {1: {"message": {field: wrong or between}}}}
