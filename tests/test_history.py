@@ -36,6 +36,7 @@ from history import NODEID, KeyReused, NothingToUndo, RebindResult, UnknownRebin
 from message import Message
 from moving import Move, Plan
 from queues import QueueRegistry
+from store import StoreRefused
 
 METAS: list[dict[str, Any]] = [
     {"é": []},
@@ -220,6 +221,24 @@ def test_a_rebind_without_records_cannot_be_undone(queues: QueueRegistry, url: s
         run_sql(url, "DELETE FROM log")
     ask(queues, {"note": "of another rebind"})
     with nothing_changes(url), pytest.raises(NothingToUndo, match=f"the rebind {first.rebind_id} wrote no records"):
+        undo(queues, first)
+
+
+@pytest.mark.parametrize(
+    ("written", "fields"),
+    [
+        (f"""meta = '{{"n": {"1" * 5000}}}'""", {"data": {"n": "1"}}),
+        ("recipient = 'ada'", {"trigger_rebind_event": True}),
+    ],
+    ids=["a number that Python cannot read", "a recipient without a domain"],
+)
+def test_an_undo_is_refused_if_it_would_restore_what_only_a_sender_can_write(
+    queues: QueueRegistry, url: str, written: str, fields: dict[str, Any]
+) -> None:
+    queues.load([message(id="odd"), message()])
+    run_sql(url, f"UPDATE messages SET {written} WHERE id = 'odd'")
+    first = ask(queues, **fields)
+    with nothing_changes(url), pytest.raises(StoreRefused, match=r"^message odd cannot get back what it had: "):
         undo(queues, first)
 
 
