@@ -27,7 +27,7 @@ from conftest import (
     run_sql,
     stored,
 )
-from sqlalchemy import insert, text, update
+from sqlalchemy import insert, make_url, text, update
 
 import history as history_module
 import store
@@ -495,6 +495,18 @@ def test_a_record_comes_once_in_whatever_order_transactions_commit(
         assert follow(queues, monkeypatch, steps, at_looks) == written
 
 
+@pytest.mark.postgresql
+def test_who_follows_the_log_does_not_wait_for_those_who_write_later_records(
+    queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues.load([message(id="m")])
+    with engine_for(url).connect() as earlier, engine_for(url).connect() as later:
+        earlier.execute(delivery("earlier"))
+        ask(queues)
+        steps = iter([lambda: later.execute(delivery("later")), earlier.commit])
+        assert follow(queues, monkeypatch, steps) == ["earlier", "m"]
+
+
 STRANGERS = {
     "writes messages": "UPDATE messages SET sender = 'x'",
     "reads the log": "SELECT * FROM log",
@@ -522,15 +534,16 @@ def test_who_follows_the_log_does_not_wait_for_a_transaction_that(
 def test_who_follows_the_log_does_not_wait_for_a_transaction_in_another_database(
     queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    queues.load([message()])
-    ask(queues)
-    with new_database(url, tmp_path) as other:
-        registry = QueueRegistry()
-        registry.bind(other, busy_timeout=PATIENCE)
-        registry.prepare()
-        with engine_for(other).connect() as stranger:
-            stranger.execute(delivery("stranger"))
-            assert follow(queues, monkeypatch, iter(())) == [stored(url)[0]["id"]]
+    with new_database(url, tmp_path) as ours:
+        queues.bind(ours, busy_timeout=PATIENCE)
+        queues.prepare()
+        # A copy's tables have the same numbers.
+        with new_database(url, tmp_path, f"TEMPLATE {make_url(ours).database}") as other:
+            queues.load([message(id="m")])
+            ask(queues)
+            with engine_for(other).connect() as stranger:
+                stranger.execute(delivery("stranger"))
+                assert follow(queues, monkeypatch, iter(())) == ["m"]
 
 
 @pytest.mark.postgresql
