@@ -256,9 +256,12 @@ def _handled(
 
 
 def _restored(shared: Changes, before: Message, message: Message, record: Row) -> Changes:
-    """What an undo changes."""
-    history.restore(message, record, shared)
-    return changes(before, message)
+    """What an undo changes. Raises StoreRefused: a sender may have written what Python cannot read, or no address."""
+    try:
+        history.restore(message, record, shared)
+        return changes(before, message)
+    except (ValueError, RecursionError) as error:
+        raise StoreRefused(f"message {before.id} cannot get back what it had: {error}") from error
 
 
 class _Stream:
