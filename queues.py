@@ -291,8 +291,11 @@ def _handled(
 
 
 def _restored(shared: Changes, before: Message, message: Message, record: Row) -> Changes:
-    """What an undo changes."""
-    history.restore(message, record, shared)
+    """What an undo changes. Raises StoreRefused if Python cannot read what the message was."""
+    try:
+        history.restore(message, record, shared)
+    except (ValueError, RecursionError) as error:
+        raise StoreRefused(f"message {before.id} cannot get back what it had: {error}") from error
     return changes(before, message, checked=True)
 
 

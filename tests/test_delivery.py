@@ -1,12 +1,13 @@
 """Tests of delivery.py: how workers claim messages, and what they write of each attempt."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import engine_for, message, stored
+from conftest import ask, contents, engine_for, message, run_sql, stored
 from sqlalchemy import update
 
-from delivery import Outcome, bounced, claim, delivered, postponed, settle
+from delivery import DISCARD, Claim, Outcome, bounced, claim, delivered, postponed, settle
 from deliverylog import response
 from event import rebind
 from history import RebindRequest
@@ -32,6 +33,74 @@ def test_a_claimed_message_is_nobody_elses_until_its_lease_ends(queues: QueueReg
     assert claims[0].content == CONTENT
     assert len(claim(5, lease=60)) == 1, "a lease that has ended comes back"
     assert claim(5, lease=60) == []
+
+
+def after(sql: str) -> Callable[[Claim, str], None]:
+    """What a worker in another language does with its claim, as README.md says."""
+    return lambda claimed, url: run_sql(url, sql.format(id=claimed.id, lease=claimed.due))
+
+
+@pytest.mark.parametrize(
+    "finish",
+    [
+        pytest.param(lambda claimed, _: delivered(claimed, OK), id="delivered"),
+        pytest.param(lambda claimed, _: bounced(claimed, NEVER), id="bounced"),
+        pytest.param(lambda claimed, _: postponed(claimed, 4e9, LATER), id="postponed"),
+        pytest.param(after("DELETE FROM messages WHERE id = '{id}'"), id="SQL: removed"),
+        pytest.param(
+            after(
+                "UPDATE messages SET num_attempts = num_attempts + 1, due = CASE WHEN due = {lease} THEN 4e9 ELSE due "
+                "END WHERE id = '{id}'"
+            ),
+            id="SQL: postponed",
+        ),
+    ],
+)
+def test_a_claim_that_outlives_its_lease_does_nothing_to_a_message_that_came_later(
+    queues: QueueRegistry, url: str, finish: Callable[[Claim, str], object]
+) -> None:
+    """SQLite gives the new row the place of the one that was deleted."""
+    queues.load([message(content=b"old")])
+    (late,) = claim(1, lease=-1)
+    (in_time,) = claim(1, lease=60)
+    assert late.id == in_time.id
+    assert delivered(in_time, OK)
+    queues.load([message(content=b"new", due=late.due)])
+    before = stored(url), contents(url), records(queues)
+    finish(late, url)
+    assert (stored(url), contents(url), records(queues)) == before
+
+
+ON_HOLD = ["x.invalid", "a.example!hold.invalid", "INVALID", "Relay.Invalid:2525", "invalid:25", "c:t@d!hold.invalid"]
+NOT_ON_HOLD = ["notinvalid", "invalid.example", "x.invalid!relay.example", "invalid@a.example", "invalid:t@a.example"]
+
+
+def test_queues_on_hold_are_skipped(queues: QueueRegistry) -> None:
+    """docs/contract.md, "Delivery workers"."""
+    queues.load([message(meta={"queue": name}) for name in ON_HOLD + NOT_ON_HOLD])
+    assert sorted(each.queue for each in claim(100, lease=60)) == sorted(NOT_ON_HOLD)
+    ask(queues, domain="relay.invalid:2525", unset=("queue",))
+    assert [each.queue for each in claim(100, lease=60)] == ["example.com"], "it was released"
+
+
+def test_what_is_due_in_queue_null_is_removed_without_an_attempt_or_a_record(queues: QueueRegistry, url: str) -> None:
+    """docs/contract.md, "Delivery workers". What is not due yet stays."""
+    later, kept = message(), message(meta={"queue": "Null"}, due=4e9)
+    queues.load([message(), message(), later])
+    ask(queues, {"queue": "null"})
+    queues.load([kept])
+    run_sql(url, f"UPDATE messages SET due = 4e9 WHERE id = '{later.id}'")
+    assert claim(10, lease=60) == []
+    assert [row["id"] for row in stored(url)] == list(contents(url)) == [later.id, kept.id]
+    assert [record["type"] for record in queues.records()] == ["AdminRebind"] * 3
+
+
+def test_many_messages_in_queue_null_keep_no_other_waiting(queues: QueueRegistry, url: str) -> None:
+    queues.load([message() for _ in range(2 * DISCARD + 1)])
+    ask(queues, {"queue": "null"})
+    queues.load([message(meta={"queue": "a"})])
+    left = [(len(claim(2, lease=60)), len(stored(url))) for _ in range(4)]
+    assert left == [(1, DISCARD + 2), (0, 2), (0, 1), (0, 1)]
 
 
 def test_a_message_is_taken_away_once(queues: QueueRegistry, url: str) -> None:

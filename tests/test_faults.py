@@ -235,7 +235,7 @@ def to_rebind(queues: QueueRegistry, url: str, count: int, **fields: Any) -> tup
 
 
 # Each loads messages, and gives what to ask for so that those in `a` get to `b`, and the books before that.
-WAYS: dict[str, Callable[..., Any]] = {
+WAYS: dict[str, Callable[[QueueRegistry, str, int], tuple[Ask, Books]]] = {
     "data": to_rebind,
     "event": partial(to_rebind, trigger_rebind_event=True),
     "undo": to_undo,

@@ -27,7 +27,7 @@ from conftest import (
     run_sql,
     stored,
 )
-from sqlalchemy import insert, text, update
+from sqlalchemy import insert, make_url, text, update
 
 import history as history_module
 import store
@@ -36,6 +36,7 @@ from history import NODEID, KeyReused, NothingToUndo, RebindResult, UnknownRebin
 from message import Message
 from moving import Move, Plan
 from queues import QueueRegistry
+from store import StoreRefused
 
 METAS: list[dict[str, Any]] = [
     {"é": []},
@@ -223,6 +224,27 @@ def test_a_rebind_without_records_cannot_be_undone(queues: QueueRegistry, url: s
         undo(queues, first)
 
 
+def test_an_undo_is_refused_if_python_cannot_read_what_the_message_was(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(id="odd"), message()])
+    run_sql(url, f"""UPDATE messages SET meta = '{{"n": {"1" * 5000}}}' WHERE id = 'odd'""")
+    first = ask(queues, {"n": "1"})
+    with nothing_changes(url), pytest.raises(StoreRefused, match=r"^message odd cannot get back what it had: "):
+        undo(queues, first)
+
+
+def test_an_undo_gives_back_a_recipient_that_only_a_sender_can_write(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(id="odd")])
+    run_sql(url, "UPDATE messages SET recipient = 'Postmaster'")
+    with rebind.connected_to(readdress):
+        first = ask(queues, trigger_rebind_event=True)
+    undo(queues, first)
+    assert [row["recipient"] for row in stored(url)] == ["Postmaster"]
+
+
+def readdress(message: Message, data: dict[str, str]) -> None:
+    message.recipient = "ada@other.example"
+
+
 # Requests that are sent again
 
 
@@ -379,19 +401,19 @@ def test_records_say_what_each_rebind_made_of_a_message_whatever_became_of_it_la
     queues: QueueRegistry, url: str
 ) -> None:
     queues.load(message(["ada@a.example", "bob@b.example"], meta=meta) for meta in METAS)
-    asked: list[Callable[[], RebindResult]] = [
-        lambda: ask(queues, {"campaign": "x", "n": "1"}),
-        lambda: ask(queues, {"tenant": "y"}, unset=("queue", "n")),
-        lambda: ask(queues, trigger_rebind_event=True),
-        lambda: undo(queues, done[-1]),
-        lambda: undo(queues, done[-1]),
-        lambda: ask(queues),
-    ]
     done: list[RebindResult] = []
     expected = []
-    for each in asked:
+    ways: list[dict[str, Any] | None] = [  # None is an undo of the one before
+        {"data": {"campaign": "x", "n": "1"}},
+        {"data": {"tenant": "y"}, "unset": ("queue", "n")},
+        {"trigger_rebind_event": True},
+        None,
+        None,
+        {},
+    ]
+    for fields in ways:
         old = names(url)
-        done.append(each())
+        done.append(undo(queues, done[-1]) if fields is None else ask(queues, **fields))
         expected += [
             (row["sender"], row["recipient"], row["meta"], queue, row["queue"], done[-1].rebind_id)
             for row, queue in zip(stored(url), old, strict=True)
@@ -471,10 +493,21 @@ def test_a_record_comes_once_in_whatever_order_transactions_commit(
             "w": lambda number: writers[number].execute(delivery(number)),
             "c": lambda number: writers[number].commit(),
         }
-        pairs = [(each[0], each[1]) for each in order.split()]
-        steps = iter([partial(step[name], number) for name, number in pairs])
-        written = [number for name, number in pairs if name == "w"]
+        steps = iter([partial(step[each[0]], each[1]) for each in order.split()])
+        written = [each[1] for each in order.split() if each[0] == "w"]
         assert follow(queues, monkeypatch, steps, at_looks) == written
+
+
+@pytest.mark.postgresql
+def test_who_follows_the_log_does_not_wait_for_those_who_write_later_records(
+    queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues.load([message(id="m")])
+    with engine_for(url).connect() as earlier, engine_for(url).connect() as later:
+        earlier.execute(delivery("earlier"))
+        ask(queues)
+        steps = iter([lambda: later.execute(delivery("later")), earlier.commit])
+        assert follow(queues, monkeypatch, steps) == ["earlier", "m"]
 
 
 STRANGERS = {
@@ -504,15 +537,16 @@ def test_who_follows_the_log_does_not_wait_for_a_transaction_that(
 def test_who_follows_the_log_does_not_wait_for_a_transaction_in_another_database(
     queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    queues.load([message()])
-    ask(queues)
-    with new_database(url, tmp_path) as other:
-        registry = QueueRegistry()
-        registry.bind(other, busy_timeout=PATIENCE)
-        registry.prepare()
-        with engine_for(other).connect() as stranger:
-            stranger.execute(delivery("stranger"))
-            assert follow(queues, monkeypatch, iter(())) == [stored(url)[0]["id"]]
+    with new_database(url, tmp_path) as ours:
+        queues.bind(ours, busy_timeout=PATIENCE)
+        queues.prepare()
+        # A copy's tables have the same numbers.
+        with new_database(url, tmp_path, f"TEMPLATE {make_url(ours).database}") as other:
+            queues.load([message(id="m")])
+            ask(queues)
+            with engine_for(other).connect() as stranger:
+                stranger.execute(delivery("stranger"))
+                assert follow(queues, monkeypatch, iter(())) == ["m"]
 
 
 @pytest.mark.postgresql

@@ -2,19 +2,25 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPConnection
+from itertools import chain, count
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
+import requests
 from conftest import (
+    PATH,
     ROOT,
     SITE_POLICY,
     Service,
@@ -23,6 +29,7 @@ from conftest import (
     counts,
     done,
     engine_for,
+    history,
     is_unavailable,
     locked,
     logged,
@@ -45,40 +52,76 @@ SECONDS = 10
 SEED = 7
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A request that was answered."""
+
+    key: str
+    """Its Idempotency-Key."""
+    query: dict[str, Any]
+    data: dict[str, str]
+    event: bool
+    answer: dict[str, str]
+    """The headers of the answer that are ours, without `Rebind-`."""
+
+    @property
+    def id(self) -> str:
+        return self.answer["Id"]
+
+    @property
+    def matched(self) -> int:
+        return int(self.answer["Matched"])
+
+
 @pytest.mark.slow
-def test_each_message_is_handled_exactly_once_while_others_come_and_go(
+def test_the_ledger_is_exact_while_messages_come_and_go_and_operators_retry_and_undo(
     service: Service, queues: QueueRegistry, url: str, start: Start
 ) -> None:
     """Two hosts' worth of gunicorn and four operators, two senders and three workers; then the ledger."""
-    other_host = start(REBIND_POLICY=SITE_POLICY)
+    hosts = [service, start(REBIND_POLICY=SITE_POLICY)]
     parties = [party("send", url, 1), party("send", url, 2), *(party("work", url, n) for n in (3, 4, 5))]
     until(lambda: bool(stored(url)))
-    operators = [operator(host, seed) for seed, host in enumerate([service, other_host] * 2)]
-    with ThreadPoolExecutor(len(operators)) as pool:
-        rebinds = dict(pair for pairs in pool.map(lambda run: run(), operators) for pair in pairs)
+    asked: list[Asked] = []
+    with ThreadPoolExecutor(4) as pool:
+        for operating in [pool.submit(operate, hosts, seed, asked) for seed in range(4)]:
+            operating.result()
     sent_1, sent_2, *taken_by = [json.loads(each.communicate(timeout=60)[0]) for each in parties]
 
-    taken = [pair for pairs in taken_by for pair in pairs]
-    left = [(row["id"], row["meta"]) for row in stored(url)]
-    assert Counter(sent_1 + sent_2) == Counter(id for id, _ in taken + left), "none is lost, none is doubled"
+    taken, left = dict(chain(*taken_by)), {row["id"]: row for row in stored(url)}
+    ids = [*chain(*([id for id, _ in pairs] for pairs in taken_by)), *left]
+    assert Counter(sent_1 + sent_2) == Counter(ids), "none is lost, none is doubled"
 
-    by_rebind: dict[str, list[str]] = defaultdict(list)
+    rows = history(url)
+    answers = {
+        row["idempotency_key"]: {
+            "Id": row["rebind_id"],
+            "Matched": f"{row['matched']}",
+            "Moved": f"{row['moved']}",
+            "Flushed": f"{row['flushed']}",
+        }
+        | ({} if row["left_alone"] is None else {"Left": f"{row['left_alone']}"})
+        for row in rows
+    }
+    assert (len(rows), answers) == (len(asked), {each.key: each.answer for each in asked}), "each key has one row"
+
+    ledger = Ledger(set(left))
+    records = defaultdict(list)
     for record in logged(url):
         if record["type"] == "AdminRebind":
-            by_rebind[record["rebind_id"]].append(record["id"])
-    assert {id: len(ids) for id, ids in by_rebind.items()} == {id: n for id, (_, n) in rebinds.items() if n}
-    for ids in by_rebind.values():
-        assert len(set(ids)) == len(ids), "one record each"
-
-    marks = {id: {key for key in meta if key.startswith("mark-")} for id, meta in taken + left}
-    recorded: dict[str, set[str]] = defaultdict(set)
-    for rebind_id, ids in by_rebind.items():
-        for id in ids:
-            recorded[id].add(rebinds[rebind_id][0])
-    assert marks == {id: recorded[id] for id in marks}, "each record is of a message that was handled"
-    handled = sum(map(len, by_rebind.values()))
-    print(f"{len(marks)} messages in, {len(taken)} taken away, {len(rebinds)} rebinds of {handled}")
-    assert handled > 100, "there was traffic to speak of"
+            records[record["rebind_id"]].append(record)
+    of_id = {each.id: each for each in asked}
+    for row in rows:
+        ledger.enter(of_id[row["rebind_id"]], records.pop(row["rebind_id"], []))
+    assert not records
+    ends = taken | {id: row["meta"] for id, row in left.items()}
+    assert ends == {id: ledger.metas[id] for id in ends}
+    assert {id: row["queue"] for id, row in left.items() if id in ledger.queues} == {
+        id: queue for id, queue in ledger.queues.items() if id in left
+    }
+    undone = [each for each in asked if "undo" in each.query and each.matched]
+    handled = sum(each.matched for each in asked)
+    print(f"{len(ends)} messages in, {len(taken)} taken away, {len(asked)} rebinds of {handled}, {len(undone)} undos")
+    assert undone
 
 
 def party(role: str, url: str, seed: int) -> subprocess.Popen[str]:
@@ -87,26 +130,101 @@ def party(role: str, url: str, seed: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-def operator(host: Service, seed: int) -> Any:
-    """Rebinds one after the other, each with a mark; gives the Rebind-Id, the mark and how many it matched."""
+def operate(hosts: list[Service], seed: int, asked: list[Asked]) -> None:
+    """Ask for one rebind after the other, each with a mark, or for the undo of one of anybody's."""
     dice = random.Random(SEED * 1000 + seed)
-
-    def run() -> list[tuple[str, tuple[str, int]]]:
-        done: list[tuple[str, tuple[str, int]]] = []
-        end = time.monotonic() + SECONDS
-        while time.monotonic() < end:
-            mark, queue = f"mark-{seed}-{len(done)}", f"q{dice.randrange(5)}.example"
+    end = time.monotonic() + SECONDS
+    for number in count():
+        if time.monotonic() > end:
+            return
+        key = f"{seed}-{number}"
+        query: dict[str, Any] = {"limit": 50} if dice.random() < 0.3 else {}
+        data, event, criteria = {}, False, {}
+        undoable = [each.id for each in asked[-20:] if each.matched]
+        if undoable and dice.random() < 0.4:
+            query["undo"] = dice.choice(undoable)
+        else:
             event = dice.random() < 0.3
-            data = {"queue": queue} | ({"mark": mark} if event else {mark: "by data"})
+            data = {"queue": f"q{dice.randrange(5)}.example"} | ({"mark": key} if event else {key: "by data"})
             criteria = {"domain": f"q{dice.randrange(5)}.example"} if dice.random() < 0.8 else {}
-            answer = host.rebind(
-                "?limit=50" if dice.random() < 0.3 else "", data=data, trigger_rebind_event=event, **criteria
-            )
-            assert answer.status_code == 200, answer.text
-            done.append((answer.headers["Rebind-Id"], (mark, int(answer.headers["Rebind-Matched"]))))
-        return done
+        body = {"reason": "a test", "data": data, "trigger_rebind_event": event} | criteria
+        answer = ask_until_answered(hosts, dice, f"{PATH}?{urlencode(query)}", json.dumps(body), key)
+        asked.append(Asked(key, query, data, event, answer))
 
-    return run
+
+def ask_until_answered(hosts: list[Service], dice: random.Random, path: str, body: str, key: str) -> dict[str, str]:
+    """Ask, and often go away before the answer comes, and ask again, or ask again though it came."""
+    headers = {"Content-Type": "application/json", "Idempotency-Key": f'"{key}"'}
+    while dice.random() < 0.4:
+        with closing(HTTPConnection(*dice.choice(hosts).address)) as client:
+            client.request("POST", path, body, headers)
+            client.sock.settimeout(dice.uniform(0.001, 0.1))
+            with suppress(TimeoutError):
+                client.sock.recv(1)
+    answers = []
+    for _ in range(dice.choice([1, 1, 2])):
+        answer = requests.post(dice.choice(hosts).base + path, body, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        ours = {name[7:]: value for name, value in answer.headers.items() if name.startswith("Rebind-")}
+        answers.append(ours)
+    assert answers == answers[:1] * len(answers)
+    return answers[0]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rebind made of one message."""
+
+    before: dict[str, Any]
+    """The metadata before it."""
+    changed: set[str]
+    """The keys that it set, removed or, by the event, changed."""
+    queue: str
+    """Where it left the message."""
+
+
+class Ledger:
+    """What the messages must be after one rebind after the other, as the records tell. Nothing else renames queues."""
+
+    def __init__(self, left: set[str]) -> None:
+        self.metas: dict[str, dict[str, Any]] = defaultdict(dict)
+        self.queues: dict[str, str] = {}
+        self._left = left
+        """The messages that are there until the end."""
+        self._steps: dict[str, dict[str, Step]] = {}
+
+    def enter(self, asked: Asked, records: list[dict[str, Any]]) -> None:
+        """Enter the next rebind, and its records."""
+        ids = {record["id"] for record in records}
+        assert len(ids) == len(records) == asked.matched, "one record each"
+        if "undo" in asked.query and "limit" not in asked.query:
+            self._check_selection(self._steps[asked.query["undo"]], ids)
+        steps = self._steps[asked.id] = {}
+        for record in records:
+            id, before = record["id"], self.metas[record["id"]]
+            assert record["old_queue"] == self.queues.get(id, record["old_queue"])
+            if "undo" in asked.query:
+                after = self._undone(id, self._steps[asked.query["undo"]][id])
+            elif asked.event:
+                after = before | {"queue": asked.data["queue"], asked.data["mark"]: "by the event"}
+            else:
+                after = before | asked.data
+            assert record["meta"] == after
+            changed = {key for key in before | after if before.get(key) != after.get(key)}
+            steps[id] = Step(before, changed | (set() if asked.event else asked.data.keys()), record["queue"])
+            self.metas[id], self.queues[id] = after, record["queue"]
+
+    def _undone(self, id: str, step: Step) -> dict[str, Any]:
+        """The metadata of a message that gets back what a rebind changed."""
+        kept = {key: value for key, value in self.metas[id].items() if key not in step.changed}
+        return kept | {key: value for key, value in step.before.items() if key in step.changed}
+
+    def _check_selection(self, first: dict[str, Step], ids: set[str]) -> None:
+        """Which messages an undo handles: those in place, if there is anything to give back."""
+        in_place = {id for id, step in first.items() if step.queue == self.queues[id]}
+        assert ids <= in_place
+        changing = {id for id in in_place if self._undone(id, first[id]) != self.metas[id]}
+        assert ids & self._left == changing & self._left
 
 
 @dataclass(frozen=True)
@@ -166,7 +284,7 @@ def test_a_connection_that_is_cut_in_the_middle_of_a_rebind_leaves_nothing_chang
         answer = pool.submit(service.rebind, data={"queue": "new"}, trigger_rebind_event=event)
         until(lambda: len(holder.waiting()) == 1)
         run_sql(url, f"SELECT pg_terminate_backend({holder.waiting()[0]})")
-        assert is_unavailable(answer.result())
+        assert is_unavailable(answer.result(), re.compile("the database .+"))
     assert (stored(url), logged(url)) == (before, [])
     assert done(service.rebind(data={"queue": "new"})) == (3, 3, 3)
 
@@ -199,7 +317,7 @@ def test_a_deadlock_with_a_worker_does_not_reach_the_client(
 def test_the_event_finds_each_message_as_a_worker_left_it(queues: QueueRegistry, url: str) -> None:
     """A rebind locks a message when it comes to it. One that was delivered before that is not there any more.
 
-    While handlers decide about the first messages, a worker changes two that the server has not come to.
+    When the first handler is called, the server has locked the first messages. A worker changes two of the others.
     """
     new = [message() for _ in range(3 * BATCH)]
     queues.load(new)
@@ -244,6 +362,6 @@ def test_a_service_that_starts_before_its_database_answers_503_until_that_is_the
         url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
         server.cleanup()
         service = start(url=url)
-        assert is_unavailable(service.rebind())
+        assert is_unavailable(service.rebind(), "the database is out of reach")
         with get_server(folder):
             assert done(service.rebind()) == (0, 0, 0)
