@@ -119,7 +119,7 @@ def start(app: Flask) -> None:
         registry.database.check()
     except StoreUnavailable as error:
         app.logger.warning("%s; until that is over, the answer is 503", error.in_full)
-    app.logger.info("rebind %s on %s", VERSION, registry.database.engine.shown(app.config["DATABASE_URL"]))
+    app.logger.info("rebind %s on %s", VERSION, registry.database.shown)
 
 
 @admin.post("/api/admin/rebind/v1", provide_automatic_options=False)

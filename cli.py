@@ -1,11 +1,13 @@
 """The command line: flask load · queues · messages · rebind · log · history · prune."""
 
+import errno
 import functools
 import getpass
 import itertools
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import sys
@@ -26,10 +28,10 @@ from deliverylog import LogFilter
 from event import HandlerFailed, NoHandler
 from history import KeyReused, NothingToUndo, UnknownRebind, printable
 from kumo import WrongFile, by_field, read_messages, shown_message
-from message import NewMessage
+from message import NewMessage, check_text
 from names import Criteria, QueueName
 from queues import DuplicateMessage, Loaded, QueueSummary, registry
-from schemas import NotJSON, parse_json, rebind_query, rebind_request
+from schemas import NotJSON, idempotency_key, parse_json, rebind_query, rebind_request
 from store import StoreError
 
 Answer = TypeVar("Answer")
@@ -48,11 +50,43 @@ class Time(click.ParamType[float]):
         return given.replace(tzinfo=given.tzinfo or UTC).timestamp()
 
 
+class StorableText(click.ParamType[str]):
+    """A text that both databases can hold, or be asked for."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
+        try:
+            check_text(value)
+        except ValueError as error:
+            self.fail(str(error), param, context)
+        return str(value)
+
+
 POLL = 0.5  # seconds between two looks for new records
 DRAW = 2**16  # bytes between two drawings of the progress bar
 MAX_KEY = 2**63 - 1  # what both engines can count to
 REFUSALS = (DuplicateMessage, WrongFile, OSError, NoHandler, HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
 MIN_WIDTH = 12  # to which a column is cut at most
+ASKED = ("campaign", "tenant", "domain", "routing_domain", "data", "unset", "undo", "limit")
+ASKED += ("trigger_rebind_event", "always_flush", "suppress_logging")  # in this order, if they were
+NOT_CUT = ("when", "rebind_id")  # part of an id is of no use
+
+
+class StoreCommand(click.Command):
+    """A command that says on a terminal which store it is about."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run it. Raises click.ClickException if standard output is full."""
+        if sys.stderr.isatty():
+            click.echo(f"store: {printable(registry.database.shown)}", err=True)
+        try:
+            return super().invoke(context)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # click ends in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it ends
+            raise failure(f"standard output: {error.strerror}") from error
 
 
 def init_app(app: Flask) -> None:
@@ -61,7 +95,7 @@ def init_app(app: Flask) -> None:
         app.cli.add_command(command)
 
 
-@click.command()
+@click.command(cls=StoreCommand)
 @click.argument("files", type=click.Path(allow_dash=True), nargs=-1, required=True)
 def load(files: tuple[str, ...]) -> None:
     """Load messages from FILES, or standard input (-): all of them or, when something is wrong, none.
@@ -111,11 +145,13 @@ def criteria_options(command: Callable[..., None]) -> Callable[..., None]:
         command(criteria=Criteria(campaign, tenant, domain, routing_domain), **rest)
 
     for name in ("routing-domain", "domain", "tenant", "campaign"):
-        with_criteria = click.option(f"--{name}", metavar="NAME", help=f"Only queues of this {name}.")(with_criteria)
+        with_criteria = click.option(
+            f"--{name}", metavar="NAME", help=f"Only queues of this {name.replace('-', ' ')}."
+        )(with_criteria)
     return with_criteria
 
 
-@click.command()
+@click.command(cls=StoreCommand)
 @criteria_options
 @click.option("--everything", is_flag=True, help="Confirm that all queues are meant, if there is no criterion.")
 @click.option("--reason", metavar="TEXT", required=True, help="Logged with every message.")
@@ -127,33 +163,39 @@ def criteria_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--trigger-rebind-event", is_flag=True, help="Let the policy's handlers decide.")
 @click.option("--limit", metavar="N", help="Handle at most N messages, those due soonest.")
 @click.option("--undo", metavar="REBIND_ID", help="Take back what this rebind did.")
-@click.option("--idempotency-key", metavar="KEY", help="Do it once, however often it is asked with this key.")
+@click.option("--idempotency-key", "key", metavar="KEY", help="Do it once, however often it is asked with this key.")
 @click.option("--dry-run", is_flag=True, help="Only show from which queue to which queue messages would go.")
 def rebind(
     criteria: Criteria,
     everything: bool,
     data: str | None,
     sets: tuple[str, ...],
-    idempotency_key: str | None,
+    key: str | None,
     dry_run: bool,
     limit: str | None,
     undo: str | None,
     unset: tuple[str, ...],
     **flags: Any,
 ) -> None:
-    """Move messages into other queues, as POST /api/admin/rebind/v1 does."""
+    """Move messages into other queues.
+
+    It does what POST /api/admin/rebind/v1 does, and works on the database itself.
+    """
     if criteria.match_all and not everything and undo is None:
         raise click.UsageError("give a criterion, or --everything for all queues")
-    if not all("=" in each for each in sets):
+    if not all(each.find("=") > 0 for each in sets):
         raise click.UsageError("--set needs KEY=VALUE")
     query = {"dry_run": [str(dry_run).lower()], "unset": list(unset)}
     query |= {name: [given] for name, given in (("limit", limit), ("undo", undo)) if given is not None}
     try:
-        values = (parse_json((data or "{}").encode()) or {}) | dict(each.split("=", 1) for each in sets)
+        values = parse_json(os.fsencode("{}" if data is None else data))
+        if isinstance(values, dict):
+            values |= dict(each.split("=", 1) for each in sets)
         body = flags | asdict(criteria) | {"data": values}
-        request = rebind_request(body, rebind_query(query), idempotency_key, getpass.getuser())
-    except (NotJSON, TypeError) as error:
-        raise click.UsageError(f"--data is not a JSON object: {error}") from error
+        quoted = None if key is None else json.dumps(key)
+        request = rebind_request(body, rebind_query(query), idempotency_key(quoted), login())
+    except NotJSON as error:
+        raise click.UsageError(f"--data is not JSON that can be read: {error}") from error
     except ValidationError as error:
         raise click.UsageError("; ".join(by_field(error.messages))) from error
     with progress_bar("rebinding", None) as bar:
@@ -166,13 +208,17 @@ def rebind(
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
 
 
-@click.command()
+@click.command(cls=StoreCommand)
 @criteria_options
 @click.option("--sort", type=click.Choice(["name", "messages", "due", "oldest"]), default="name", show_default=True)
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Show only the first N queues.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def queues(criteria: Criteria, sort: str, limit: int | None, as_json: bool) -> None:
-    """List the scheduled queues: how many messages are waiting, how many are due, and how old they are."""
+    """List the scheduled queues.
+
+    The table shows how many messages wait in each, how many of them are due, the age of the oldest one, and the most
+    delivery attempts that one of them has had.
+    """
     found = answered(lambda: registry.queues(criteria))
     orders: dict[str, Callable[[QueueSummary], Any]] = {
         "messages": lambda one: -one.messages,
@@ -191,30 +237,41 @@ def queues(criteria: Criteria, sort: str, limit: int | None, as_json: bool) -> N
     click.echo(f"{len(found)} queues, {total}" + (f"; {len(rows)} shown" if len(rows) < len(found) else ""))
 
 
-@click.command()
+@click.command(cls=StoreCommand)
 @criteria_options
-@click.option("--id", metavar="ID", help="Only the message with this id.")
+@click.option("--id", metavar="ID", type=StorableText(), help="Only the message with this id.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="At most N messages, those due soonest.")
 @click.option("--content", is_flag=True, help="With the content, so that `flask load` can read the messages.")
 def messages(criteria: Criteria, id: str | None, limit: int | None, content: bool) -> None:
-    """Print messages as JSON, one per line, as `flask load` reads them."""
+    """Print messages, one JSON object per line.
+
+    With their content, they can be loaded into another store with `flask load`.
+    """
     stream = registry.messages(criteria, id, limit)
     while (row := answered(lambda: next(stream, None))) is not None:
         click.echo(json.dumps(shown_message(row, content)))
 
 
-@click.command()
+@click.command(cls=StoreCommand)
 @click.option("--follow", is_flag=True, help="Continue with new records as they are written.")
 @click.option(
     "--after", metavar="KEY", type=click.IntRange(0, MAX_KEY), default=0, help="Start after the record with this key."
 )
-@click.option("--type", metavar="TYPE", help="Only records of this type: AdminRebind, Delivery, Bounce, …")
-@click.option("--id", metavar="ID", help="Only records of the message with this id.")
-@click.option("--rebind-id", metavar="ID", help="Only what this rebind wrote; found without reading the whole log.")
+@click.option(
+    "--type",
+    metavar="TYPE",
+    type=StorableText(),
+    help="Only records of this type, such as AdminRebind, Delivery or Bounce.",
+)
+@click.option("--id", metavar="ID", type=StorableText(), help="Only records of the message with this id.")
+@click.option("--rebind-id", metavar="ID", type=StorableText(), help="Only what this rebind wrote.")
 @click.option("--since", metavar="TIME", type=Time(), help="Only records from this time on (RFC 3339; UTC).")
 @click.option("--until", metavar="TIME", type=Time(), help="Only records before this time.")
 def log(follow: bool, after: int, **wanted: Any) -> None:
-    """Print the delivery log, one JSON object per line, oldest first."""
+    """Print the delivery log, oldest first.
+
+    A record is one JSON object on one line, in the shape of KumoMTA's log records.
+    """
     if follow:
         # Ctrl-C is its usual end: no KeyboardInterrupt, which a driver may turn into an error of its own.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -223,7 +280,7 @@ def log(follow: bool, after: int, **wanted: Any) -> None:
         click.echo(json.dumps(record))
 
 
-@click.command()
+@click.command(cls=StoreCommand)
 @click.option("--since", metavar="TIME", type=Time(), help="Only rebinds from this time on (RFC 3339; UTC).")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="At most N rebinds.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with all that was asked.")
@@ -234,15 +291,32 @@ def history(since: float | None, limit: int | None, as_json: bool) -> None:
         for one in rebinds:
             click.echo(json.dumps(one))
         return
-    columns = ("time", "rebind_id", "actor", "matched", "moved", "reason")
-    print_table(("when", *columns[1:]), [tuple(one[column] for column in columns) for one in rebinds])
+    columns = ("when", "rebind_id", "matched", "moved", "actor", "what", "reason")
+    more = [{"when": f"{one['time'][:19]}Z", "what": as_options(one["request"])} for one in rebinds]
+    print_table(columns, [[(one | its)[column] for column in columns] for one, its in zip(rebinds, more, strict=True)])
 
 
-@click.command()
+def as_options(asked: dict[str, Any]) -> str:
+    """What was asked, except the reason, as options of `flask rebind`."""
+    words = []
+    for name in ASKED:
+        option = "--set" if name == "data" else f"--{name.replace('_', '-')}"
+        given = asked.get(name, [])
+        if isinstance(given, dict):
+            given = [f"{key}={value}" for key, value in given.items()]
+        for value in given if isinstance(given, list) else [given]:
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
+
+
+@click.command(cls=StoreCommand)
 @click.option("--before", metavar="TIME", type=Time(), required=True, help="What is older goes (RFC 3339; UTC).")
 @click.option("--dry-run", is_flag=True, help="Only say how much would be removed.")
 def prune(before: float, dry_run: bool) -> None:
-    """Remove old records of the log and old rebinds of the history, a few at a time, so that nobody waits."""
+    """Remove old records and old history.
+
+    They are removed a few at a time, so that nobody waits. A rebind whose records are gone cannot be undone.
+    """
     pruned = answered(lambda: registry.prune(before, dry_run))
     done = "would be removed" if dry_run else "removed"
     click.echo(f"{pruned.records} records and {pruned.rebinds} rebinds {done}")
@@ -255,13 +329,16 @@ def progress_bar(label: str, length: int | None) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table: numbers to the right; on a terminal, the widest text column is cut to its width."""
+    """Print a table: numbers to the right; on a terminal, the widest columns of text are cut to its width."""
     table = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(widths) + 2 * len(widths)
-    while (excess := sum(widths) + 2 * (len(widths) - 1) - room) > 0 and max(widths) > MIN_WIDTH:
-        widest = widths.index(max(widths))
-        widths[widest] = max(MIN_WIDTH, widths[widest] - excess)
+    cuttable = [n for n, name in enumerate(columns) if name not in NOT_CUT]
+    while sum(widths) + 2 * (len(widths) - 1) > room:
+        widest = max(cuttable, key=widths.__getitem__)
+        if widths[widest] <= MIN_WIDTH:
+            break
+        widths[widest] -= 1
     numbers = [all(isinstance(row[n], int) for row in rows) for n in range(len(columns))]
     for line in table:
         cells = [
@@ -278,8 +355,16 @@ def age(seconds: float) -> str:
     """A length of time in its largest unit."""
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= length:
-            return f"{seconds / length:.0f}{unit}"
-    return f"{max(seconds, 0):.0f}s"
+            return f"{seconds // length:.0f}{unit}"
+    return f"{max(seconds, 0) // 1:.0f}s"
+
+
+def login() -> str:
+    """Who asks: the name of the login, or the number of a user without a name, as containers may have."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def answered(question: Callable[[], Answer]) -> Answer:

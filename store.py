@@ -263,6 +263,11 @@ class Database:
         self._writing = connections.execution_options(begin=engine.BEGIN_WRITE)
         self._prepared = self._may_create = False
 
+    @property
+    def shown(self) -> str:
+        """The store for people: its file, or its URL without a password."""
+        return str(self.engine.shown(self._url))
+
     @contextmanager
     def autocommit(self) -> Iterator[Connection]:
         """For statements that read, each by itself: no transaction, whose begin and end would take longer.
@@ -312,7 +317,7 @@ class Database:
             elif self._may_create:
                 self._create_tables()
             else:
-                raise StoreUnusable("there is no store", self.engine.shown(self._url))
+                raise StoreUnusable("there is no store", self.shown)
         finally:
             self._autocommit.dispose()  # a connection must not be carried into a forked worker
         self._prepared, self._may_create = True, False
@@ -342,7 +347,7 @@ class Database:
             raise StoreUnusable(
                 f"the store has schema version {version}, and this is version {SCHEMA_VERSION}: print its messages "
                 "with the old code, and load them into a new store with `flask load`",
-                self.engine.shown(self._url),
+                self.shown,
             )
 
     @contextmanager

@@ -1,11 +1,10 @@
-"""Tests of the command line: what `flask queues` and `flask log` print. `flask load` is in test_loading.py."""
+"""Tests of `flask log`, and of what all commands share. The others are in test_commands.py and test_loading.py."""
 
 import json
 import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Command, Flask, ask, message, peak, until
@@ -23,75 +22,6 @@ def reasons(output: str | bytes) -> list[str]:
     """Which rebinds the records of an output speak of."""
     contents = [json.loads(record)["response"]["content"] for record in output.splitlines()]
     return [content.rpartition(" ")[2] for content in contents]
-
-
-# flask queues
-
-
-def fill(queues: QueueRegistry) -> None:
-    """Four queues, one with messages that are not due."""
-    far = 4e9
-    queues.load(
-        [
-            message(meta={"campaign": "spring", "tenant": "acme"}),
-            message(meta={"campaign": "spring", "tenant": "acme"}, due=far),
-            message(meta={"campaign": "spring", "tenant": "acme"}),
-            message("bela@bücher.example", meta={"tenant": "acme", "routing_domain": "relay.example:25"}, due=far),
-            message(meta={"campaign": "spring"}),
-            message("chidi@example.org"),
-        ]
-    )
-
-
-def test_queues_are_listed_as_a_table(flask: Flask, queues: QueueRegistry) -> None:
-    fill(queues)
-    assert flask("queues") == (
-        0,
-        "queue                                 campaign  tenant  domain          routing_domain    messages  due\n"
-        "acme@bücher.example!relay.example:25  -         acme    bücher.example  relay.example:25  1         0\n"
-        "example.org                           -         -       example.org     -                 1         1\n"
-        "spring:@example.com                   spring            example.com     -                 1         1\n"
-        "spring:acme@example.com               spring    acme    example.com     -                 3         2\n",
-        "",
-    )
-
-
-@pytest.mark.sqlite
-def test_queues_are_listed_as_json(flask: Flask, queues: QueueRegistry) -> None:
-    fill(queues)
-    status, output, error = flask("queues", "--json")
-    columns = ("queue", "campaign", "tenant", "domain", "routing_domain", "messages", "due")
-    rows: list[tuple[Any, ...]] = [
-        ("acme@bücher.example!relay.example:25", None, "acme", "bücher.example", "relay.example:25", 1, 0),
-        ("example.org", None, None, "example.org", None, 1, 1),
-        ("spring:@example.com", "spring", "", "example.com", None, 1, 1),
-        ("spring:acme@example.com", "spring", "acme", "example.com", None, 3, 2),
-    ]
-    assert [json.loads(row) for row in output.splitlines()] == [dict(zip(columns, row, strict=True)) for row in rows]
-    assert (status, output.isascii(), error) == (0, True, "")
-
-
-@pytest.mark.sqlite
-@pytest.mark.parametrize(
-    ("options", "output"),
-    [
-        pytest.param([], "queue  campaign  tenant  domain  routing_domain  messages  due\n", id="a table"),
-        pytest.param(["--json"], "", id="JSON"),
-    ],
-)
-def test_no_queues_are_an_empty_list(flask: Flask, options: list[str], output: str) -> None:
-    assert flask("queues", *options) == (0, output, "")
-
-
-@pytest.mark.sqlite
-def test_a_name_cannot_break_the_table_or_command_the_terminal(flask: Flask, queues: QueueRegistry) -> None:
-    queues.load([message(meta={"queue": "a\n\x1b[2J"})])
-    assert flask("queues") == (
-        0,
-        "queue       campaign  tenant  domain      routing_domain  messages  due\n"
-        r"a\n\x1b[2J  -         -       a\n\x1b[2J  -               1         1" + "\n",
-        "",
-    )
 
 
 # flask log
@@ -191,12 +121,8 @@ def test_log_follows_from_a_record_that_is_not_there_yet(
 def test_what_is_not_ascii_is_printed_in_the_c_locale(shell: Flask, queues: QueueRegistry) -> None:
     queues.load([message(id="ü", meta={"queue": "bücher.example"})])
     rebind(queues, "größer")
-    assert shell("queues", LC_ALL="C") == (
-        0,
-        "queue           campaign  tenant  domain          routing_domain  messages  due\n"
-        "bücher.example  -         -       bücher.example  -               1         1\n",
-        "",
-    )
+    status, output, error = shell("queues", LC_ALL="C")
+    assert (status, output.splitlines()[1].split()[0], error) == (0, "bücher.example", "")
     status, output, error = shell("log", LC_ALL="C")
     assert (status, reasons(output), error) == (0, ["größer"], "")
     assert shell("load", "größer", LC_ALL="C") == (1, "", "Error: [Errno 2] No such file or directory: 'größer'\n")
