@@ -107,23 +107,30 @@ def queue_name(meta: Mapping[str, Any], domain: str) -> str:
     return _built(campaign, tenant, domain, routing_domain) if pinned is None else pinned
 
 
+MetaText = Callable[[str], ColumnElement[str]]
+"""An engine's expression for the string at a key of a message's metadata, NULL if there is none."""
+
+
 def new_name(
-    meta_text: Callable[[str], ColumnElement[str]], data: Mapping[str, str], unset: Collection[str]
+    from_meta: Callable[[Callable[[MetaText], ColumnElement[str]]], ColumnElement[str]],
+    data: Mapping[str, str],
+    unset: Collection[str],
 ) -> ColumnElement[str]:
     """`queue_name` in SQL, for each message with `data` set and the keys `unset` removed.
 
-    meta_text: the engine's expression for the string at a key of a message's metadata, NULL if there is none.
+    from_meta: the engine's way to build an expression that reads the metadata.
     """
 
-    def component(key: str) -> ColumnElement[str]:
-        if key in data:
-            return literal(data[key], Text)
-        return cast(null(), Text) if key in unset else meta_text(key)
+    def built(meta_text: MetaText) -> ColumnElement[str]:
+        def component(key: str) -> ColumnElement[str]:
+            if key in data:
+                return literal(data[key], Text)
+            return cast(null(), Text) if key in unset else meta_text(key)
 
-    if "queue" in data:
-        return component("queue")
-    campaign, tenant, routing_domain = component("campaign"), component("tenant"), component("routing_domain")
-    # NULL || x is NULL, so coalesce picks the first prefix whose components are all set.
-    prefix = func.coalesce(campaign + ":" + func.coalesce(tenant, "") + "@", tenant + "@", "", type_=Text)
-    built = prefix + messages.c.domain + func.coalesce("!" + routing_domain, "", type_=Text)
-    return func.coalesce(component("queue"), built, type_=Text)
+        campaign, tenant, routing_domain = component("campaign"), component("tenant"), component("routing_domain")
+        # NULL || x is NULL, so coalesce picks the first prefix whose components are all set.
+        prefix = func.coalesce(campaign + ":" + func.coalesce(tenant, "") + "@", tenant + "@", "", type_=Text)
+        name = prefix + messages.c.domain + func.coalesce("!" + routing_domain, "", type_=Text)
+        return func.coalesce(component("queue"), name, type_=Text)
+
+    return literal(data["queue"], Text) if "queue" in data else from_meta(built)

@@ -4,7 +4,7 @@ sqlite.py has the same functions. queues.py chooses one of the two modules when 
 """
 
 import re
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ from sqlalchemy.exc import DBAPIError
 from message import from_json, to_json
 from moving import BATCH, BEFORE, MAX_BATCH, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
 from moving import Update as MessageUpdate
+from names import MetaText
 from store import TOO_LONG, StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable, log, messages
 
 BEGIN_WRITE = "BEGIN"
@@ -178,10 +179,14 @@ def following(name: ColumnElement[str]) -> ColumnElement[str]:
     return name + func.chr(1)
 
 
-def meta_text(key: str) -> ColumnElement[str]:
-    """The string at `key` of a message's metadata; NULL if there is none, or another type of value."""
-    value = f"messages.meta -> '{key}'"
-    return literal_column(f"CASE jsonb_typeof({value}) WHEN 'string' THEN messages.meta ->> '{key}' END", Text)
+def from_meta(build: Callable[[MetaText], ColumnElement[str]]) -> ColumnElement[str]:
+    """What `build` makes of an expression for the string at a key of a message's metadata."""
+
+    def meta_text(key: str) -> ColumnElement[str]:
+        value = f"messages.meta -> '{key}'"
+        return literal_column(f"CASE jsonb_typeof({value}) WHEN 'string' THEN messages.meta ->> '{key}' END", Text)
+
+    return build(meta_text)
 
 
 def merge(data: Mapping[str, str], unset: Collection[str]) -> ColumnElement[Any]:

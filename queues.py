@@ -275,7 +275,7 @@ def _work(
 def _new_state(engine: ModuleType, request: RebindRequest, now: float) -> NewState:
     """What a rebind by data makes of each message."""
     return NewState(
-        queue=new_name(engine.meta_text, request.data, request.unset),
+        queue=new_name(engine.from_meta, request.data, request.unset),
         meta=engine.merge(request.data, request.unset) if request.data or request.unset else None,
         now=now,
         flush=request.always_flush,

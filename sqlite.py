@@ -10,7 +10,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from operator import methodcaller
@@ -32,6 +32,7 @@ from sqlalchemy import (
     Table,
     Text,
     bindparam,
+    case,
     cast,
     create_engine,
     event,
@@ -48,6 +49,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from message import to_json
 from moving import BEFORE, READ_AHEAD, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
+from names import MetaText
 from store import (
     TOO_LONG,
     StoreDamaged,
@@ -259,21 +261,32 @@ def following(name: ColumnElement[str]) -> ColumnElement[str]:
 
 
 # SQLite before 3.45 compares keys as they are written: "\\u0074enant" would not be `tenant`.
-_META = r"""CASE WHEN instr(messages.meta, '\') THEN CAST(plain_keys(CAST(messages.meta AS BLOB)) AS TEXT)
-    ELSE messages.meta END"""
+_ESCAPED = "instr(messages.meta, '\\')"
+_PLAIN = "CAST(plain_keys(CAST(messages.meta AS BLOB)) AS TEXT)"
 
 
-def meta_text(key: str) -> ColumnElement[str]:
-    """The string at `key` of a message's metadata; NULL if there is none, or another type of value."""
-    path = f"'$.{key}'"  # as a parameter it would be parsed for each message
-    return literal_column(f"CASE json_type({_META}, {path}) WHEN 'text' THEN json_extract({_META}, {path}) END", Text)
+def from_meta(build: Callable[[MetaText], ColumnElement[str]]) -> ColumnElement[str]:
+    """What `build` makes of an expression for the string at a key of a message's metadata."""
+
+    def text_in(meta: str) -> ColumnElement[str]:
+        def meta_text(key: str) -> ColumnElement[str]:
+            path = f"'$.{key}'"  # as a parameter it would be parsed for each message
+            return literal_column(
+                f"CASE json_type({meta}, {path}) WHEN 'text' THEN json_extract({meta}, {path}) END", Text
+            )
+
+        return build(meta_text)
+
+    return case((literal_column(_ESCAPED) > 0, text_in(_PLAIN)), else_=text_in("messages.meta"))
 
 
 def merge(data: Mapping[str, str], unset: Collection[str]) -> ColumnElement[Any]:
     """A message's metadata with every key of `data` set and the keys `unset` removed."""
     # RFC 7396: a patch whose values are strings sets each key, and null removes it.
     patch = literal(to_json({**data, **dict.fromkeys(unset)}), Text)
-    return func.json_patch(literal_column(_META), patch, type_=messages.c.meta.type)
+    return func.json_patch(
+        literal_column(f"CASE WHEN {_ESCAPED} THEN {_PLAIN} ELSE messages.meta END"), patch, type_=messages.c.meta.type
+    )
 
 
 def select_from(db: Connection, found: Selection) -> Selection:
