@@ -68,8 +68,9 @@ DRAW = 2**16  # bytes between two drawings of the progress bar
 MAX_KEY = 2**63 - 1  # what both engines can count to
 REFUSALS = (DuplicateMessage, WrongFile, OSError, NoHandler, HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
 MIN_WIDTH = 12  # to which a column is cut at most
-ASKED = ("campaign", "tenant", "domain", "routing_domain", "data", "unset", "undo", "limit")
-ASKED += ("trigger_rebind_event", "always_flush", "suppress_logging")  # in this order, if they were
+# In this order the history shows what was asked.
+ASKED = ["campaign", "tenant", "domain", "routing_domain", "data", "unset", "undo", "limit"]
+ASKED += ["trigger_rebind_event", "always_flush", "suppress_logging"]
 NOT_CUT = ("when", "rebind_id")  # part of an id is of no use
 
 
@@ -145,9 +146,8 @@ def criteria_options(command: Callable[..., None]) -> Callable[..., None]:
         command(criteria=Criteria(campaign, tenant, domain, routing_domain), **rest)
 
     for name in ("routing-domain", "domain", "tenant", "campaign"):
-        with_criteria = click.option(
-            f"--{name}", metavar="NAME", help=f"Only queues of this {name.replace('-', ' ')}."
-        )(with_criteria)
+        of_these = f"Only queues of this {name.replace('-', ' ')}."
+        with_criteria = click.option(f"--{name}", metavar="NAME", help=of_these)(with_criteria)
     return with_criteria
 
 
@@ -198,7 +198,7 @@ def rebind(
         raise click.UsageError(f"--data is not JSON that can be read: {error}") from error
     except ValidationError as error:
         raise click.UsageError("; ".join(by_field(error.messages))) from error
-    with progress_bar("rebinding", None) as bar:
+    with progress_bar(request.trigger_rebind_event or request.undo is not None) as bar:
         result = answered(lambda: registry.rebind(request, lambda: bar.update(1)))
     if result.plan is not None:
         rows = [(move.source, move.to, move.messages) for move in result.plan.moves]
@@ -322,10 +322,16 @@ def prune(before: float, dry_run: bool) -> None:
     click.echo(f"{pruned.records} records and {pruned.rebinds} rebinds {done}")
 
 
-def progress_bar(label: str, length: int | None) -> Any:
-    """A bar on a terminal, and nothing elsewhere. Without a length it only counts."""
-    hidden = not sys.stderr.isatty()
-    return click.progressbar(itertools.count(), length, label, file=sys.stderr, hidden=hidden, update_min_steps=1000)
+def progress_bar(streams: bool) -> Any:
+    """A bar that counts messages, on a terminal and if they are streamed one by one; otherwise nothing."""
+    return click.progressbar(
+        itertools.count(),
+        label="rebinding",
+        show_pos=True,
+        file=sys.stderr,
+        hidden=not (streams and sys.stderr.isatty()),
+        update_min_steps=1000,
+    )
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -1,0 +1,425 @@
+"""Tests of the operator's commands: flask rebind · queues · messages · history · prune, and what each says of a log."""
+
+import fcntl
+import getpass
+import json
+import os
+import pty
+import re
+import shlex
+import struct
+import subprocess
+import termios
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import conftest
+import pytest
+from conftest import (
+    PROGRAM,
+    Command,
+    Flask,
+    ask,
+    contents,
+    engine_for,
+    history,
+    message,
+    names,
+    new_database,
+    nothing_changes,
+    stored,
+)
+from sqlalchemy import inspect, make_url
+
+from app import create_app
+from event import rebind as rebind_event
+from message import Message
+from queues import QueueRegistry, logger
+
+UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+MATCHED = re.compile(rf"(\d+) matched, (\d+) moved, (\d+) flushed(, \d+ left alone)?, rebind ({UUID})\n")
+SPRING = {"campaign": "spring", "tenant": "acme"}
+ALL = ("rebind", "--reason", "r", "--everything")
+
+
+@pytest.fixture(autouse=True)
+def without_diagnostics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service in this process writes a diagnostic log. A command does not."""
+    monkeypatch.setattr(logger, "disabled", True)
+
+
+def done(answer: tuple[int, str, str]) -> tuple[int, int, int, str]:
+    """How many messages a rebind matched, moved and flushed, and its id. Asserts that it says nothing else."""
+    status, output, error = answer
+    found = MATCHED.fullmatch(output)
+    assert (status, error, bool(found)) == (0, "", True), answer
+    assert found
+    matched, moved, flushed, _, rebind_id = found.groups()
+    return int(matched), int(moved), int(flushed), rebind_id
+
+
+def refused(answer: tuple[int, str, str]) -> str:
+    """Why a command was refused: one line."""
+    status, output, error = answer
+    assert (status, output, error.count("\n")) == (1, "", 1), answer
+    return error.removeprefix("Error: ").strip()
+
+
+def lines(answer: tuple[int, str, str]) -> list[Any]:
+    """The JSON objects that a command printed."""
+    assert (answer[0], answer[2], answer[1].isascii()) == (0, "", True), answer
+    return [json.loads(line) for line in answer[1].splitlines()]
+
+
+# flask rebind
+
+
+def test_rebind_takes_what_the_endpoint_takes(flask: Flask, queues: QueueRegistry, url: str) -> None:
+    queues.load([message(meta=SPRING | {"routing_domain": "relay.example", "old": "x"}), message()])
+    options = (
+        "--campaign spring --tenant acme --domain EXAMPLE.com --routing-domain relay.example --unset old --limit 5"
+    )
+    flags = "--always-flush --suppress-logging --idempotency-key k"
+    data = ["--data", '{"a": "1", "b": "2"}', "--set", "b=3=4", "--reason", "why not"]
+    assert done(flask("rebind", *options.split(), *data, *flags.split()))[:3] == (1, 0, 1)
+    (row,) = history(url)
+    asked = {"campaign": "spring", "tenant": "acme", "domain": "EXAMPLE.com", "routing_domain": "relay.example"}
+    asked |= {"data": {"a": "1", "b": "3=4"}, "unset": ["old"], "limit": 5, "reason": "why not"}
+    assert row["request"] == asked | {"always_flush": True, "suppress_logging": True}
+    assert (row["idempotency_key"], row["actor"]) == ("k", getpass.getuser())
+    assert stored(url)[0]["meta"] == SPRING | {"routing_domain": "relay.example", "a": "1", "b": "3=4"}
+
+
+def test_rebind_calls_the_event(flask: Flask, queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    event = ("--trigger-rebind-event", "--set", "to=vip.example")
+    assert refused(flask(*ALL, *event)) == "no handler is connected to the rebind event"
+
+    @rebind_event.connect
+    def to_queue(message: Message, data: dict[str, str]) -> None:
+        message.meta["queue"] = data["to"]
+
+    assert done(flask(*ALL, *event))[:3] == (1, 1, 1)
+    assert names(url) == ["vip.example"]
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([], "give a criterion, or --everything for all queues"),
+        (["--everything", "--set", "x"], "--set needs KEY=VALUE"),
+        (["--everything", "--set", "=x"], "--set needs KEY=VALUE"),
+        (["--everything", "--data", "[]"], "data: Not a valid mapping type."),
+        (
+            ["--everything", "--data", ""],
+            "--data is not JSON that can be read: Expecting value: line 1 column 1 (char 0)",
+        ),
+        (["--everything", "--data", '{"a": 1}'], "data.a.value: Not a valid string."),
+        (["--everything", "--set", "queue="], "data.queue.value: Must not be empty: ?unset=queue removes the key."),
+        (["--everything", "--limit", "0"], "limit: Not a whole number from 1 to 10^18 - 1."),
+        (["--tenant", "\udcff"], "tenant: a string must not contain a lone surrogate"),
+        (
+            ["--undo", "x", "--set", "a=1"],
+            "undo: Needs data to be {}, and is not allowed with unset or trigger_rebind_event.",
+        ),
+        (
+            ["--everything", "--idempotency-key", "é"],
+            'Idempotency-Key: Not a string in quotes, such as "8e03978e", of 1 to 255 characters.',
+        ),
+    ],
+    ids=lambda value: " ".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else "",
+)
+def test_rebind_refuses_what_it_cannot_understand(
+    flask: Flask, queues: QueueRegistry, url: str, options: list[str], reason: str
+) -> None:
+    queues.load([message()])
+    with nothing_changes(url):
+        status, output, error = flask("rebind", "--reason", "r", *options)
+    assert (status, output, error.splitlines()[-1]) == (2, "", f"Error: {reason}")
+
+
+def test_a_dry_run_shows_the_plan_as_a_table(flask: Flask, queues: QueueRegistry, url: str) -> None:
+    queues.load([message(meta=SPRING) for _ in range(10)] + [message("bela@example.org", meta=SPRING), message()])
+    with nothing_changes(url):
+        assert flask("rebind", "--dry-run", "--reason", "r", "--campaign", "spring", "--unset", "campaign") == (
+            0,
+            "from                     to                messages\n"
+            "spring:acme@example.com  acme@example.com        10\n"
+            "spring:acme@example.org  acme@example.org         1\n"
+            "11 matched, 11 moved, 11 flushed\n",
+            "",
+        )
+        assert flask("rebind", "--dry-run", "--reason", "r", "--tenant", "nobody")[1].endswith("0 flushed\n")
+
+
+def test_a_limit_takes_the_next_ones_and_an_undo_brings_them_back(
+    flask: Flask, queues: QueueRegistry, url: str
+) -> None:
+    queues.load([message(due=1e9 + n) for n in range(3)])
+    first = done(flask(*ALL, "--limit", "2", "--set", "queue=x"))
+    assert (first[:3], names(url)) == ((2, 2, 2), ["x", "x", "example.com"])
+    assert done(flask(*ALL, "--limit", "2", "--set", "queue=x"))[:3] == (1, 1, 1)
+    undone = flask("rebind", "--reason", "r", "--undo", first[3])
+    assert (done(undone)[:3], names(url)) == ((2, 2, 2), ["example.com", "example.com", "x"])
+    assert "2 flushed, 0 left alone, rebind" in undone[1]
+    assert refused(flask("rebind", "--reason", "r", "--undo", "x")) == "the history has no rebind x"
+
+
+def test_a_key_is_answered_once(flask: Flask, queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    again = [done(flask(*ALL, "--set", "queue=x", "--idempotency-key", 'a "key"')) for _ in range(2)]
+    assert (again[0], again[0][:3], len(history(url))) == (again[1], (1, 1, 1), 1)
+    another = flask(*ALL, "--set", "queue=y", "--idempotency-key", 'a "key"')
+    assert refused(another) == "the Idempotency-Key was used by a different request"
+
+
+# flask queues
+
+
+def fill(queues: QueueRegistry) -> None:
+    """Four queues: three of a tenant, whose name may be empty, and one without."""
+    old, far = {"created": 1e9, "num_attempts": 3}, {"due": 4e9}
+    queues.load([message(meta=SPRING, **old), message(meta=SPRING, **far), message(meta=SPRING)])  # type: ignore[arg-type]
+    queues.load([message(meta={"campaign": "spring"}), message("chidi@example.org", **far)])  # type: ignore[arg-type]
+    queues.load([message("bela@bücher.example", meta={"tenant": "acme", "routing_domain": "r"}) for _ in range(2)])
+
+
+def ages_hidden(output: str) -> str:
+    return re.sub(r"\b\d+[smhd] ", lambda found: "AGE".ljust(len(found[0])), output)
+
+
+def test_queues_are_a_table_with_a_total(flask: Flask, queues: QueueRegistry) -> None:
+    fill(queues)
+    status, output, error = flask("queues")
+    assert (status, ages_hidden(output), error) == (
+        0,
+        "queue                    messages  due  oldest  attempts\n"
+        "acme@bücher.example!r           2    2  AGE            0\n"
+        "example.org                     1    0  AGE            0\n"
+        "spring:@example.com             1    1  AGE            0\n"
+        "spring:acme@example.com         3    2  AGE            3\n"
+        "4 queues, 7 messages, 5 due\n",
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "shown", "total"),
+    [
+        ("--sort messages --limit 1", ["spring:acme@example.com"], "4 queues, 7 messages, 5 due; 1 shown"),
+        ("--sort oldest --limit 1", ["spring:acme@example.com"], "4 queues, 7 messages, 5 due; 1 shown"),
+        (
+            "--sort due --domain EXAMPLE.com",
+            ["spring:acme@example.com", "spring:@example.com"],
+            "2 queues, 4 messages, 3 due",
+        ),
+        ("--campaign spring --tenant acme", ["spring:acme@example.com"], "1 queues, 3 messages, 2 due"),
+        ("--tenant= --limit 2", ["spring:@example.com"], "1 queues, 1 messages, 1 due"),
+        ("--routing-domain r", ["acme@bücher.example!r"], "1 queues, 2 messages, 2 due"),
+        ("--tenant nobody", [], "0 queues, 0 messages, 0 due"),
+    ],
+)
+def test_queues_are_picked_and_sorted(
+    flask: Flask, queues: QueueRegistry, options: str, shown: list[str], total: str
+) -> None:
+    fill(queues)
+    _, *rows, last = flask("queues", *options.split())[1].splitlines()
+    assert ([row.split()[0] for row in rows], last) == (shown, total)
+
+
+def test_as_json_an_empty_tenant_is_not_a_missing_one(flask: Flask, queues: QueueRegistry) -> None:
+    fill(queues)
+    found = lines(flask("queues", "--json"))
+    assert [(one["queue"], one["campaign"], one["tenant"], one["domain"], one["routing_domain"]) for one in found] == [
+        ("acme@bücher.example!r", None, "acme", "bücher.example", "r"),
+        ("example.org", None, None, "example.org", None),
+        ("spring:@example.com", "spring", "", "example.com", None),
+        ("spring:acme@example.com", "spring", "acme", "example.com", None),
+    ]
+    last = found[-1]
+    assert (last["messages"], last["due"], last["oldest"], last["attempts"]) == (3, 2, 1e9, 3)
+
+
+@pytest.mark.sqlite
+def test_a_name_cannot_break_the_table_or_command_the_terminal(flask: Flask, queues: QueueRegistry) -> None:
+    queues.load([message(meta={"queue": "a\n\x1b[2J"})])
+    assert flask("queues")[1].splitlines()[1].split()[0] == r"a\n\x1b[2J"
+
+
+# flask messages
+
+
+def test_messages_are_printed_as_they_are_loaded(flask: Flask, queues: QueueRegistry, url: str, tmp_path: Path) -> None:
+    fill(queues)
+    queues.load([message(["a@example.com", "b@example.com"], content=b"\xff\x00", domain="other", queue="odd")])
+    assert len(lines(flask("messages"))) == len(lines(flask("messages", "--content"))) == 8
+    before, held = stored(url), contents(url)
+    with new_database(url, tmp_path) as copy:
+        file = tmp_path / "messages.jsonl"
+        file.write_text(flask("messages", "--content")[1])
+        result = create_app({"DATABASE_URL": copy}).test_cli_runner().invoke(args=["load", str(file)])
+        assert (result.exit_code, stored(copy), contents(copy)) == (0, before, held)
+
+
+def test_messages_are_picked_soonest_due_first(flask: Flask, queues: QueueRegistry) -> None:
+    queues.load([message(id=id, meta=SPRING, due=1e9 + n) for n, id in enumerate("cab")] + [message(id="x")])
+    assert [one["id"] for one in lines(flask("messages", "--tenant", "acme", "--limit", "2"))] == ["c", "a"]
+    (one,) = lines(flask("messages", "--id", "b"))
+    assert (one["message"]["recipient"], "data" in one["message"]) == ("ada@example.com", False)
+    assert lines(flask("messages", "--id", "b", "--campaign", "summer")) == []
+
+
+# flask log
+
+
+def test_log_is_filtered(flask: Flask, queues: QueueRegistry) -> None:
+    queues.load([message(id="a"), message(id="b", meta=SPRING)])
+    first, second = ask(queues, reason="1"), ask(queues, reason="2", tenant="acme")
+
+    def found(*options: str | None) -> list[str]:
+        return sorted(f"{one['id']}{one['response']['content'][-1]}" for one in lines(flask("log", *map(str, options))))
+
+    assert found() == ["a1", "b1", "b2"]
+    assert found("--id", "b") == ["b1", "b2"]
+    assert found("--rebind-id", first.rebind_id) == ["a1", "b1"]
+    assert found("--rebind-id", second.rebind_id, "--type", "AdminRebind") == ["b2"]
+    assert found("--type", "Delivery") == found("--until", "2026-01-01") == found("--since", "2100-01-01T00:00Z") == []
+    assert found("--since", "2001-01-01", "--until", "2100-01-01T00:00+02:00") == ["a1", "b1", "b2"]
+    assert refused(flask("log", "--rebind-id", "x")) == "the history has no rebind x"
+
+
+# flask history
+
+
+def test_history_is_a_table_newest_first(flask: Flask, queues: QueueRegistry) -> None:
+    queues.load([message(meta=SPRING)])
+    made = ["--tenant", "acme", "--set", "queue=x y"]
+    first = ask(queues, {"queue": "x y"}, reason="first", tenant="acme")
+    second = ask(queues, reason="second", always_flush=True, unset=("queue",), limit=2)
+    of = "1      1  me     "
+    assert re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME".ljust(20), flask("history")[1]).splitlines() == [
+        f"when                  {'rebind_id':36}  matched  moved  actor  {'what':38}  reason",
+        f"TIME                  {second.rebind_id}        {of}--unset queue --limit 2 --always-flush  second",
+        f"TIME                  {first.rebind_id}        {of}{shlex.join(made):38}  first",
+    ]
+
+
+def test_history_as_json_says_all_that_was_asked(flask: Flask, queues: QueueRegistry) -> None:
+    queues.load([message()])
+    results = [ask(queues, {"a": str(n)}, reason="why", suppress_logging=True) for n in range(3)]
+    found = lines(flask("history", "--json", "--limit", "2", "--since", "2001-01-01"))
+    assert [one["rebind_id"] for one in found] == [results[2].rebind_id, results[1].rebind_id]
+    assert found[0]["request"] == {"reason": "why", "data": {"a": "2"}, "suppress_logging": True, "unset": []}
+    assert [found[0][name] for name in ("actor", "matched", "moved", "flushed", "left")] == ["me", 1, 0, 0, None]
+    assert lines(flask("history", "--json", "--since", "2100-01-01")) == []
+
+
+# flask prune
+
+
+def test_prune_removes_what_is_old(flask: Flask, queues: QueueRegistry, url: str) -> None:
+    queues.load([message(), message()])
+    old = ask(queues, {"queue": "x"})
+    (last,) = lines(flask("log"))[-1:]
+    with nothing_changes(url):
+        assert flask("prune", "--before", "2001-01-01")[1] == "0 records and 0 rebinds removed\n"
+        would = flask("prune", "--before", "2100-01-01", "--dry-run")
+    assert would == (0, "2 records and 1 rebinds would be removed\n", "")
+    assert flask("prune", "--before", "2100-01-01") == (0, "2 records and 1 rebinds removed\n", "")
+    undo = flask("rebind", "--reason", "r", "--undo", str(old.rebind_id))
+    assert refused(undo) == f"the rebind {old.rebind_id} has been pruned"
+    ask(queues, reason="later")
+    after = lines(flask("log", "--after", str(last["key"])))
+    assert [one["response"]["content"][-5:] for one in after] == ["later", "later"]
+
+
+# all of them
+
+COMMANDS = ["queues", "messages", "log", "history", "prune --before 2026-01-01", "rebind --everything --reason r"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_creates_a_store(shell: Flask, url: str, tmp_path: Path, command: str) -> None:
+    with new_database(url, tmp_path) as empty:
+        shown = empty.removeprefix("sqlite:///") if "sqlite" in empty else make_url(empty).set(query={})
+        assert refused(shell(*command.split(), REBIND_DATABASE_URL=empty)) == f"there is no store: {shown}"
+        if "sqlite" not in empty:
+            assert inspect(engine_for(empty)).get_table_names() == []
+            engine_for(empty).dispose()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("command", sorted({command.split()[0] for command in COMMANDS}))
+def test_help_fits_into_80_columns(flask: Flask, command: str) -> None:
+    status, output, error = flask(command, "--help")
+    assert (status, error, max(map(len, output.splitlines())) <= 80) == (0, "", True)
+
+
+def on_a_terminal(start_command: Command, *arguments: str, columns: int) -> str:
+    """What a command shows on a terminal of so many columns."""
+    terminal, its_end = pty.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = start_command(*arguments, stdout=its_end, stderr=its_end)
+    os.close(its_end)
+    shown = b""
+    with suppress(OSError):  # EIO: Linux's end of a terminal
+        while True:
+            shown += os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(30) == 0
+    return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_the_store_and_a_table_that_fits(
+    start_command: Command, queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no colours."""
+    queues.load([message(f"ada@{'x' * 50}.example")])
+    shown = url.removeprefix("sqlite:///")
+    if not url.startswith("sqlite"):
+        shown = "postgresql+psycopg://postgres:***@/postgres"
+        secret = make_url(url).set(password="secret").render_as_string(hide_password=False)
+        monkeypatch.setattr(conftest, "PROGRAM", ["env", f"REBIND_DATABASE_URL={secret}", *PROGRAM])
+    store, *table = on_a_terminal(start_command, "queues", columns=60).splitlines()
+    assert (store, [len(line) <= 60 for line in table]) == (f"store: {shown}", [True, True, True])
+    assert (table[1].split()[0], "\x1b" in "".join(table)) == (f"{'x' * 26}…", False)
+    rebind_id = ask(queues, {"note": "x" * 50}).rebind_id
+    assert re.search(
+        rf" {rebind_id} .* --set note=…  a test$", on_a_terminal(start_command, "history", columns=80), re.M
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.sqlite
+def test_a_terminal_shows_that_an_event_goes_on(start_command: Command, queues: QueueRegistry) -> None:
+    queues.load([message()])
+    undo = ask(queues, {"queue": "x"}).rebind_id
+    shown = on_a_terminal(start_command, "rebind", "--reason", "r", "--undo", str(undo), columns=120)
+    assert "rebinding" in shown
+    assert MATCHED.fullmatch(shown.splitlines(keepends=True)[-1])
+    assert "rebinding" not in on_a_terminal(start_command, *ALL, columns=120)
+
+
+@pytest.mark.slow
+@pytest.mark.sqlite
+@pytest.mark.parametrize("command", ["queues", "messages", "log", "history --json"])
+def test_a_full_standard_output_is_one_line_and_a_closed_pipe_is_none(
+    start_command: Command, queues: QueueRegistry, command: str
+) -> None:
+    queues.load([message(meta={"queue": str(n), "note": "x" * 1000}) for n in range(500)])
+    for _ in range(2):
+        ask(queues)
+    with Path("/dev/full").open("wb") as full:
+        process = start_command(*command.split(), stdout=full, stderr=subprocess.PIPE)
+        assert process.communicate(timeout=30)[1] == b"Error: standard output: No space left on device\n"
+    assert process.returncode == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start_command(*command.split(), stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (process.communicate(timeout=30)[1], process.returncode) == (b"", 1)
