@@ -69,7 +69,7 @@ MAX_KEY = 2**63 - 1  # what both engines can count to
 REFUSALS = (DuplicateMessage, WrongFile, OSError, NoHandler, HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
 MIN_WIDTH = 12  # to which a column is cut at most
 # In this order the history shows what was asked.
-ASKED = ["campaign", "tenant", "domain", "routing_domain", "data", "unset", "undo", "limit"]
+ASKED: list[str] = ["campaign", "tenant", "domain", "routing_domain", "data", "unset", "undo", "limit"]
 ASKED += ["trigger_rebind_event", "always_flush", "suppress_logging"]
 NOT_CUT = ("when", "rebind_id")  # part of an id is of no use
 

@@ -271,9 +271,8 @@ def from_meta(build: Callable[[MetaText], ColumnElement[str]]) -> ColumnElement[
     def text_in(meta: str) -> ColumnElement[str]:
         def meta_text(key: str) -> ColumnElement[str]:
             path = f"'$.{key}'"  # as a parameter it would be parsed for each message
-            return literal_column(
-                f"CASE json_type({meta}, {path}) WHEN 'text' THEN json_extract({meta}, {path}) END", Text
-            )
+            found = f"json_extract({meta}, {path})"
+            return literal_column(f"CASE json_type({meta}, {path}) WHEN 'text' THEN {found} END", Text)
 
         return build(meta_text)
 
@@ -284,9 +283,8 @@ def merge(data: Mapping[str, str], unset: Collection[str]) -> ColumnElement[Any]
     """A message's metadata with every key of `data` set and the keys `unset` removed."""
     # RFC 7396: a patch whose values are strings sets each key, and null removes it.
     patch = literal(to_json({**data, **dict.fromkeys(unset)}), Text)
-    return func.json_patch(
-        literal_column(f"CASE WHEN {_ESCAPED} THEN {_PLAIN} ELSE messages.meta END"), patch, type_=messages.c.meta.type
-    )
+    meta: ColumnElement[str] = literal_column(f"CASE WHEN {_ESCAPED} THEN {_PLAIN} ELSE messages.meta END")
+    return func.json_patch(meta, patch, type_=messages.c.meta.type)
 
 
 def select_from(db: Connection, found: Selection) -> Selection:

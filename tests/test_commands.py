@@ -84,7 +84,12 @@ def test_rebind_takes_what_the_endpoint_takes(flask: Flask, queues: QueueRegistr
     data = ["--data", '{"a": "1", "b": "2"}', "--set", "b=3=4", "--reason", "why not"]
     assert done(flask("rebind", *options.split(), *data, *flags.split()))[:3] == (1, 0, 1)
     (row,) = history(url)
-    asked = {"campaign": "spring", "tenant": "acme", "domain": "EXAMPLE.com", "routing_domain": "relay.example"}
+    asked: dict[str, Any] = {
+        "campaign": "spring",
+        "tenant": "acme",
+        "domain": "EXAMPLE.com",
+        "routing_domain": "relay.example",
+    }
     asked |= {"data": {"a": "1", "b": "3=4"}, "unset": ["old"], "limit": 5, "reason": "why not"}
     assert row["request"] == asked | {"always_flush": True, "suppress_logging": True}
     assert (row["idempotency_key"], row["actor"]) == ("k", getpass.getuser())
@@ -182,7 +187,7 @@ def fill(queues: QueueRegistry) -> None:
     """Four queues: three of a tenant, whose name may be empty, and one without."""
     old, far = {"created": 1e9, "num_attempts": 3}, {"due": 4e9}
     queues.load([message(meta=SPRING, **old), message(meta=SPRING, **far), message(meta=SPRING)])  # type: ignore[arg-type]
-    queues.load([message(meta={"campaign": "spring"}), message("chidi@example.org", **far)])  # type: ignore[arg-type]
+    queues.load([message(meta={"campaign": "spring"}), message("chidi@example.org", **far)])
     queues.load([message("bela@bücher.example", meta={"tenant": "acme", "routing_domain": "r"}) for _ in range(2)])
 
 
