@@ -184,10 +184,10 @@ def test_a_key_is_answered_once(flask: Flask, queues: QueueRegistry, url: str) -
 
 
 def fill(queues: QueueRegistry) -> None:
-    """Four queues: three of a tenant, whose name may be empty, and one without."""
-    old, far = {"created": 1e9, "num_attempts": 3}, {"due": 4e9}
-    queues.load([message(meta=SPRING, **old), message(meta=SPRING, **far), message(meta=SPRING)])  # type: ignore[arg-type]
-    queues.load([message(meta={"campaign": "spring"}), message("chidi@example.org", **far)])
+    """Four queues, with seven messages; a tenant's name may be empty."""
+    first = message(meta=SPRING, created=1e9, num_attempts=3)
+    queues.load([first, message(meta=SPRING, due=4e9), message(meta=SPRING)])
+    queues.load([message(meta={"campaign": "spring"}), message("chidi@example.org", due=4e9)])
     queues.load([message("bela@bücher.example", meta={"tenant": "acme", "routing_domain": "r"}) for _ in range(2)])
 
 
@@ -384,6 +384,7 @@ def test_a_terminal_shows_the_store_and_a_table_that_fits(
     start_command: Command, queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no colours."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it
     queues.load([message(f"ada@{'x' * 50}.example")])
     shown = url.removeprefix("sqlite:///")
     if not url.startswith("sqlite"):
@@ -394,9 +395,8 @@ def test_a_terminal_shows_the_store_and_a_table_that_fits(
     assert (store, [len(line) <= 60 for line in table]) == (f"store: {shown}", [True, True, True])
     assert (table[1].split()[0], "\x1b" in "".join(table)) == (f"{'x' * 26}…", False)
     rebind_id = ask(queues, {"note": "x" * 50}).rebind_id
-    assert re.search(
-        rf" {rebind_id} .* --set note=…  a test$", on_a_terminal(start_command, "history", columns=80), re.M
-    )
+    history = on_a_terminal(start_command, "history", columns=80)
+    assert re.search(rf" {rebind_id} .* --set note=…  a test$", history, re.MULTILINE)
 
 
 @pytest.mark.slow
