@@ -20,7 +20,7 @@ ALL = "\n".join(page.read_text() for page in PAGES)
 
 def commands() -> dict[str, set[str]]:
     """The options of each of our commands."""
-    ours = create_app({"DATABASE_URL": "sqlite:///nowhere.db"}).cli.commands
+    ours = create_app({"DATABASE_URL": "postgresql+psycopg://nobody@/x?host=/nowhere"}).cli.commands
     names = sorted(ours.keys() - Flask("another").cli.commands.keys())
     return {name: {option for parameter in ours[name].params for option in parameter.opts} for name in names}
 
