@@ -5,9 +5,11 @@ import signal
 import socket
 import struct
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
+from gunicorn.workers.base import Worker  # type: ignore[import-untyped]
 
 bind = "127.0.0.1:8000"
 umask = 0o007  # of a unix socket: a proxy is believed about who asks, so that nobody else may connect to it
@@ -61,7 +63,13 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """The worker has its own handlers now. See pre_fork."""
+    """The worker has its own handlers now. See pre_fork.
+
+    gthread's handler for SIGINT and SIGQUIT takes a lock of the pool of threads. If it interrupts the main thread while
+    that holds the lock, because it hands over a request, it waits for ever. Worker's own handler takes no lock.
+    """
+    for stop_at_once in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(stop_at_once, partial(Worker.handle_quit, worker))
     hear_stop()
 
 

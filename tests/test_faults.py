@@ -317,7 +317,7 @@ def driver_error(url: str) -> Exception:
 
 @pytest.mark.parametrize("for_good", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["once", "for good"])
 @pytest.mark.parametrize("memory", [False, True], ids=["operational", "memory"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["data", pytest.param("event", marks=pytest.mark.slow), "undo"])
 def test_whichever_statement_fails_nothing_is_changed_and_the_next_rebind_is_done(
     queues: QueueRegistry, url: str, way: str, memory: bool, for_good: bool
 ) -> None:
@@ -711,6 +711,27 @@ def test_where_the_connection_is_lost_at_the_commit_the_answer_says_that_it_may_
     assert outcome(before, url) == left
     works_again(service, url)
     proxy.close()
+
+
+# Locks of this process on the file
+
+CONNECT = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('SELECT * FROM messages').connection.close()"
+
+
+@pytest.mark.sqlite
+def test_a_store_that_is_prepared_again_is_not_taken_from_those_who_use_it(queues: QueueRegistry, url: str) -> None:
+    """A process that opens and closes the file by itself loses its locks: SQLite, "How To Corrupt", section 2.2.
+
+    Another process that ends its use then takes itself for the last, and removes the log (-wal) that is in use.
+    """
+    queues.load([message()])
+    with engine_for(url).connect() as db:
+        assert db.scalar(text("SELECT count(*) FROM messages")) == 1
+        queues.bind(url, busy_timeout=PATIENCE)
+        queues.prepare()
+        file = str(make_url(url).database)
+        subprocess.run([sys.executable, "-c", CONNECT, file], check=True)
+        assert Path(f"{file}-wal").exists()
 
 
 # The file is damaged

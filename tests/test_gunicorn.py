@@ -4,9 +4,10 @@ import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, suppress
 from http.client import HTTPConnection
 from itertools import repeat
 from pathlib import Path
@@ -134,6 +135,30 @@ def test_a_worker_hears_a_signal_to_stop_from_the_moment_that_it_is_forked(start
             assert service.process.poll() is None
         (pid,) = forked
         seen |= forked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGQUIT], ids=lambda stop: stop.name)
+def test_a_worker_ends_at_once_while_clients_keep_coming(start: Start, stop: signal.Signals) -> None:
+    service, ended = start(), threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            with suppress(ConnectionError), socket.create_connection(service.address) as client:
+                client.shutdown(socket.SHUT_WR)
+                client.recv(1)  # until the worker has done with it
+
+    with ThreadPoolExecutor(4) as pool:
+        coming = [pool.submit(come_and_go) for _ in range(4)]
+        try:
+            for _ in range(20):
+                until(lambda: len(workers(service)) == 2)
+                pid = min(workers(service))
+                os.kill(pid, stop)
+                until(lambda pid=pid: pid not in workers(service))  # type: ignore[misc]
+        finally:
+            ended.set()
+    assert [each.result() for each in coming] == [None] * 4
 
 
 def test_rebinds_that_wait_leave_threads_for_others_and_one_too_many_is_refused_at_once(
