@@ -85,7 +85,6 @@ def changes(before: Message, after: Message) -> Changes:
         check_text(after.sender)
         found["sender"] = after.sender
     if after.recipient != before.recipient:
-        domain_of(after.recipient)
         found["recipient"] = recipient_of(recipient_text(after.recipient))  # a list of one is stored as an address
     return found
 
@@ -134,9 +133,13 @@ def recipient_text(recipient: str | list[str]) -> str:
 
 
 def recipient_of(text: str) -> str | list[str]:
-    """What `recipient_text` wrote."""
-    recipient: str | list[str] = json.loads(text) if text.startswith("[") else text
-    return recipient
+    """What `recipient_text` wrote. Raises ValueError and RecursionError for what no sender should have written."""
+    if not text.startswith("["):
+        return text
+    recipients: list[str] = from_json(text)
+    if {*map(type, recipients)} != {str}:
+        raise ValueError("a recipient is not a string")
+    return recipients
 
 
 def check_text(value: Any) -> None:
@@ -173,17 +176,27 @@ def check_json(value: Any, depth: int = 0) -> None:
         check_text(value)
 
 
-_decoder = json.JSONDecoder()
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is too large")
+    return number
 
-to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps builds an encoder each time
-"""A value as JSON, as the tables hold it."""
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps builds an encoder each time
+_decoder = json.JSONDecoder(parse_float=_finite)
 
 
-def from_json(text: str | bytes) -> Any:
+def to_json(value: Any) -> str:
+    """A value as JSON, as the tables hold it."""
+    text = _encode(value)
+    # Half a character, which JSON can escape and UTF-8 has not, stays the escape that its sender wrote.
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def from_json(text: str) -> Any:
     """The value of JSON from the tables.
 
     Raises ValueError and RecursionError for what Python cannot read, such as a number of 5,000 digits.
     """
-    if not isinstance(text, str):
-        return json.loads(text)
     return _decoder.raw_decode(text.lstrip())[0]  # half the time of json.loads
