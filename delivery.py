@@ -4,6 +4,7 @@ It is for workers in Python; others do the same with plain SQL (docs/contract.md
 lease by `due`: the message is not due again before the lease ends, so that a crashed worker's messages come back.
 """
 
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -13,13 +14,16 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Select, delete, insert, select, update
 
-from history import NODEID
+from history import NODEID, printable
 from message import Message, domain_of
+from moving import MESSAGE_COLUMNS
 from names import DISCARDED, QueueName
-from queues import registry
-from store import contents, log, messages
+from queues import read_message, registry
+from store import StoreRefused, contents, log, messages
 
 DISCARD = 1000  # messages that one claim discards
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,7 +37,7 @@ def claim(count: int, lease: float) -> list[Claim]:
     """At most `count` messages that are due, each claimed by nobody else, for `lease` seconds.
 
     Queues on hold are skipped, and what is due in queue `null` is discarded. On PostgreSQL, messages that others hold,
-    a rebind included, are passed over without waiting.
+    a rebind included, are passed over without waiting. One that Python cannot read is passed over, and logged.
     Raises StoreUnavailable.
     """
     now = time.time()
@@ -60,12 +64,17 @@ def _discard(db: Connection, now: float) -> None:
 
 
 def _claim_from(db: Connection, name: str, count: int, now: float, until: float) -> list[Claim]:
-    found = _due(select(messages), name, now).order_by(messages.c.due).limit(count)
+    found = _due(select(*MESSAGE_COLUMNS), name, now).order_by(messages.c.due).limit(count)
     claims = []
     for row in db.execute(found.with_for_update(skip_locked=True)).all():
         db.execute(update(messages).where(messages.c.id == row.id).values(due=until))
+        try:
+            message = read_message(row)
+        except StoreRefused as error:  # its lease keeps it from being the first again, so that the others are claimed
+            logger.error("%s", printable(str(error)))
+            continue
         content = db.scalar(select(contents.c.data).where(contents.c.id == row.id)) or b""
-        known = {f.name: getattr(row, f.name) for f in fields(Message)}
+        known = {f.name: getattr(message, f.name) for f in fields(Message)}
         claims.append(Claim(**(known | {"due": until, "content": content})))
     return claims
 

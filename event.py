@@ -11,7 +11,7 @@ from typing import Any
 
 from blinker import ANY, Signal
 
-from message import Changes, Message, changes
+from message import Changes, Message, changes, domain_of
 
 Handler = Callable[..., object]
 
@@ -88,6 +88,8 @@ def call_handlers(handlers: Sequence[Handler], before: Message, message: Message
         try:
             handler(message, data=dict(data))
             changed = changes(before, message)
+            if "recipient" in changed:
+                domain_of(message.recipient)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever it is, the answer is a 500 and the worker lives on

@@ -4,7 +4,6 @@
 keeps nothing in memory: every process and host that is bound to the same database sees the same queues.
 """
 
-import copy
 import logging
 import time
 from collections import Counter
@@ -331,8 +330,9 @@ class _Stream:
         """What becomes of one message; None if an undo finds it as it was. Raises HandlerFailed and StoreRefused."""
         sender, recipient, meta, *fields, domain, at = row[:11]
         id, old_queue, _, _, due, _ = fields
-        before = Message(sender, recipient_of(recipient), _readable(meta, id), *fields)
-        message = Message(sender, recipient_of(recipient), _copied(before.meta), *fields)
+        before = read_message(row)
+        only_strings = {*map(type, before.meta.values())} <= {str}  # which no handler can change
+        message = read_message(row, before.meta.copy() if only_strings else None)
         changed = self._change(before, message, row[11:])
         if changed:
             new = changed_meta(before.meta, changed)
@@ -340,12 +340,16 @@ class _Stream:
                 meta = to_json(new)
             if "recipient" in changed:
                 recipient = recipient_text(message.recipient)
-                with suppress(ValueError):  # an undo gives back whatever a sender wrote
+                with suppress(ValueError):  # an undo may restore `Postmaster`, without a domain (RFC 5321, 4.5.1)
                     domain = domain_of(message.recipient)
         queue = queue_name(before.meta if not changed else new, domain)
         if self._request.undo and not changed and queue == old_queue:
             return None
-        if len(queue.encode("utf-8", "surrogatepass")) > MAX_NAME:  # the table refuses it too, but not in a dry run
+        try:
+            size, _ = len(queue.encode()), f"{sender}{recipient}{domain}{meta}".encode()
+        except UnicodeEncodeError as error:  # SQLite kept it
+            raise StoreRefused(f"the message {id} cannot be changed: it has half a character") from error
+        if size > MAX_NAME:  # the table refuses it too, but not in a dry run
             raise StoreRefused(TOO_LONG)
         if self._request.always_flush or queue != old_queue:
             due = self._now
@@ -360,17 +364,16 @@ class _Stream:
         return Plan(self.matched, self.moved, moves, len(largest) - len(moves))
 
 
-def _readable(meta: str, id: str) -> Any:
-    """The metadata of this message. Raises StoreRefused if Python cannot read it."""
+def read_message(row: Row, meta: dict[str, Any] | None = None) -> Message:
+    """The message of a row of MESSAGE_COLUMNS; `meta` is its metadata if that is known.
+
+    Raises StoreRefused if Python cannot read it.
+    """
+    sender, recipient, text, id, *fields = row[:9]
     try:
-        return from_json(meta)
+        return Message(sender, recipient_of(recipient), meta or from_json(text), id, *fields)
     except (ValueError, RecursionError) as error:
-        raise StoreRefused(f"the metadata of message {id} cannot be read: {error}") from error
-
-
-def _copied(meta: dict[str, Any]) -> dict[str, Any]:
-    """A copy that shares nothing that a handler could change."""
-    return meta.copy() if {*map(type, meta.values())} <= {str} else copy.deepcopy(meta)
+        raise StoreRefused(f"the message {id} cannot be read: {error}") from error
 
 
 def _row(new: NewMessage) -> dict[str, Any]:
