@@ -24,6 +24,7 @@ from sqlalchemy import (
     type_coerce,
 )
 
+from message import Changes
 from store import MAX_NAME, TOO_LONG, StoreRefused, log, messages
 
 Item = TypeVar("Item")
@@ -117,8 +118,8 @@ class Update(NamedTuple):
     """In seconds since 1970."""
     at: Any
     """What the engine finds the message by."""
-    changes: str
-    """message.Changes as JSON, for its record."""
+    changes: Changes
+    """For its record."""
     old_queue: str
 
 

@@ -276,7 +276,7 @@ def _update_batch(rebind_id: str | None) -> Update | Insert:
     """Make messages what `updates` says, a JSON list of moving.Update, and write their records if wanted."""
     each = (
         func.json_to_recordset(bindparam("updates", type_=JSON))
-        .table_valued(*(column(name, Text()) for name in MessageUpdate._fields))
+        .table_valued(*(column(name, JSONB() if name == "changes" else Text()) for name in MessageUpdate._fields))
         .render_derived(with_types=True)
     )
     new = {name: cast(each.c[name], messages.c[name].type) for name in UPDATED_COLUMNS}
@@ -284,8 +284,7 @@ def _update_batch(rebind_id: str | None) -> Update | Insert:
     if rebind_id is None:
         return change
     # Both parts of the statement see the messages as they were before it.
-    columns = record_columns(rebind_id, messages.c, each.c.queue, messages.c.queue)
-    columns |= {"changes": cast(each.c.changes, JSONB)}
+    columns = record_columns(rebind_id, messages.c, each.c.queue, messages.c.queue) | {"changes": each.c.changes}
     records = select(*columns.values()).where(messages.c.id == each.c.at)
     return insert(log).from_select(list(columns), records).add_cte(change.cte("changed"))
 
