@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, RowMapping, Text, cast, func, insert, select, type_coerce
 
 from message import Changes, Message, changed_meta, from_json, recipient_of, to_json
-from moving import BATCH, Plan, Row, Selection, in_place, of_rebind
+from moving import FIRST_ROWS, Plan, Row, Selection, in_place, of_rebind, rows_to_read
 from names import ALL_QUEUES, Criteria
 from store import LAST_SECOND, Database, log, messages, rebinds
 
@@ -230,25 +230,26 @@ def records(database: Database, after: int = 0, poll: float | None = None) -> It
         commit in.
     Raises StoreUnavailable.
     """
+    size = FIRST_ROWS
     while True:
         with database.autocommit() as db:
-            rows = _page(database, db, after, follow=poll is not None)
+            rows = _page(database, db, after, size, follow=poll is not None)
             ids = {row["rebind_id"] for row in rows}
             of_rebinds = db.execute(select(rebinds).where(rebinds.c.rebind_id.in_(ids))).mappings()
             known = {row["rebind_id"]: row for row in of_rebinds}
         for row in rows:
             yield _record(row, known.get(row["rebind_id"]))
         if rows:
-            after = rows[-1]["key"]
+            after, size = rows[-1]["key"], rows_to_read(size, sum(len(row["meta"]) for row in rows))
         elif poll is None:
             return
         else:
             time.sleep(poll)
 
 
-def _page(database: Database, db: Connection, after: int, follow: bool) -> list[RowMapping]:
-    """The next records. With `follow`, none with a smaller key can come later than these."""
-    page = select(*_COLUMNS).where(log.c.key > after).order_by(log.c.key).limit(BATCH)
+def _page(database: Database, db: Connection, after: int, size: int, follow: bool) -> list[RowMapping]:
+    """The next records, at most `size`. With `follow`, none with a smaller key can come later than these."""
+    page = select(*_COLUMNS).where(log.c.key > after).order_by(log.c.key).limit(size)
     rows = list(db.execute(page).mappings())
     if not (follow and rows):
         return rows
