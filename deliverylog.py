@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, Text, and_, cast, 
 
 from history import UnknownRebind, rfc3339, shared_changes
 from message import Changes, changed_meta, from_json
-from moving import BATCH, of_rebind
+from moving import FIRST_ROWS, of_rebind, rows_to_read
 from store import Database, log, rebinds
 
 PRUNED_AT_ONCE = 5000  # keys of the log per transaction
@@ -75,25 +75,28 @@ def records(
         commit in.
     Raises UnknownRebind and StoreUnavailable.
     """
+    size = FIRST_ROWS
     while True:
         with database.autocommit() as db:
-            rows = _page(database, db, after, wanted, follow=poll is not None)
+            rows = _page(database, db, after, size, wanted, follow=poll is not None)
             ids = {row["rebind_id"] for row in rows}
             of_rebinds = db.execute(select(rebinds).where(rebinds.c.rebind_id.in_(ids))).mappings()
             known = {row["rebind_id"]: row for row in of_rebinds}
         for row in rows:
             yield _record(row, known.get(row["rebind_id"]))
         if rows:
-            after = rows[-1]["key"]
+            after, size = rows[-1]["key"], rows_to_read(size, sum(len(row["meta"]) for row in rows))
         elif poll is None:
             return
         else:
             time.sleep(poll)
 
 
-def _page(database: Database, db: Connection, after: int, wanted: LogFilter, follow: bool) -> list[RowMapping]:
-    """The next records. With `follow`, none with a smaller key can come later than these."""
-    page = select(*_COLUMNS).where(log.c.key > after, wanted.condition(db)).order_by(log.c.key).limit(BATCH)
+def _page(
+    database: Database, db: Connection, after: int, size: int, wanted: LogFilter, follow: bool
+) -> list[RowMapping]:
+    """The next records, at most `size`. With `follow`, none with a smaller key can come later than these."""
+    page = select(*_COLUMNS).where(log.c.key > after, wanted.condition(db)).order_by(log.c.key).limit(size)
     rows = list(db.execute(page).mappings())
     if not (follow and rows):
         return rows

@@ -110,8 +110,9 @@ def _is_same(meta: dict[str, Any], key: str, value: Any) -> bool:
 
 def changed_meta(meta: dict[str, Any], changes: Changes) -> dict[str, Any]:
     """The metadata with `changes` applied."""
-    unset = changes.get("unset", [])
-    return {key: value for key, value in meta.items() if key not in unset} | changes.get("data", {})
+    if unset := changes.get("unset"):
+        meta = {key: value for key, value in meta.items() if key not in unset}
+    return meta | changes.get("data", {})
 
 
 def domain_of(recipient: str | list[str]) -> str:

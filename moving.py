@@ -24,6 +24,7 @@ from sqlalchemy import (
     type_coerce,
 )
 
+from message import Changes
 from store import MAX_NAME, TOO_LONG, StoreRefused, log, messages
 
 Item = TypeVar("Item")
@@ -31,6 +32,7 @@ Item = TypeVar("Item")
 BATCH = 500  # messages or records that are in memory at once
 READ_AHEAD = 50  # messages that SQLite reads at once: each may have a megabyte of metadata
 MAX_BATCH = 2**22  # characters of their metadata, or bytes of their contents
+FIRST_ROWS = 16  # that are read, while nobody knows how large they are
 MAX_MOVES = 100  # entries of a plan
 
 Row = Sequence[Any]
@@ -118,8 +120,8 @@ class Update(NamedTuple):
     """In seconds since 1970."""
     at: Any
     """What the engine finds the message by."""
-    changes: str
-    """message.Changes as JSON, for its record."""
+    changes: Changes
+    """For its record."""
     old_queue: str
 
 
@@ -170,6 +172,11 @@ def plan(db: Connection, found: Selection, new_queue: ColumnElement[str], octets
     if longest > MAX_NAME:
         raise StoreRefused(TOO_LONG)
     return Plan(int(matched), int(moving or 0), [Move(*row[:3]) for row in rows], entries - len(rows))
+
+
+def rows_to_read(size: int, characters: int) -> int:
+    """How many rows to read next, after `size` rows with so many characters of metadata."""
+    return max(1, size // 4) if characters > MAX_BATCH // 2 else min(BATCH, size * 2)
 
 
 def batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:

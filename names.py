@@ -101,10 +101,15 @@ def queue_name(meta: Mapping[str, Any], domain: str) -> str:
 
     A value that is not a string counts as not set; an empty string counts as set. `new_name` says the same in SQL.
     """
-    pinned, campaign, tenant, routing_domain = (
-        value if isinstance(value, str) else None for value in map(meta.get, NAMING_KEYS)
-    )
-    return _built(campaign, tenant, domain, routing_domain) if pinned is None else pinned
+
+    def component(key: str) -> str | None:
+        value = meta.get(key)
+        return value if isinstance(value, str) else None
+
+    pinned = component("queue")
+    if pinned is not None:
+        return pinned
+    return _built(component("campaign"), component("tenant"), domain, component("routing_domain"))
 
 
 MetaText = Callable[[str], ColumnElement[str]]

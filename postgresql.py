@@ -16,6 +16,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     Insert,
+    Select,
     Text,
     Update,
     bindparam,
@@ -36,7 +37,17 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
 from message import from_json, to_json
-from moving import BATCH, BEFORE, MAX_BATCH, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
+from moving import (
+    BEFORE,
+    FIRST_ROWS,
+    UPDATED_COLUMNS,
+    Decide,
+    NewState,
+    Selection,
+    batches,
+    record_columns,
+    rows_to_read,
+)
 from moving import Update as MessageUpdate
 from names import MetaText
 from store import TOO_LONG, StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable, log, messages
@@ -244,9 +255,9 @@ def _returns_old(db: Connection) -> bool:
 
 def rows(db: Connection, found: Selection) -> Generator[Sequence[Any]]:
     """The rows of each message, in a transaction that changes nothing."""
-    _plan_for_all_rows(db)
-    with db.execute(found.select(*found.columns(messages.c.id)), execution_options={"yield_per": BATCH}) as each:
-        yield from each
+    _open_cursor(db, found.select(*found.columns(messages.c.id)))
+    with _pipeline(db) as driver:
+        yield from _read_ahead(driver)
 
 
 def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str | None) -> None:
@@ -256,9 +267,7 @@ def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str
     it goes: another transaction that is in the way may end this one after handlers were called. While `decide` looks
     at some messages, the server changes those before and reads those after them: that saves a third of the time.
     """
-    each = found.select(*found.columns(messages.c.id)).with_for_update(key_share=True, of=messages).compile(db)
-    _plan_for_all_rows(db)
-    db.exec_driver_sql(f"DECLARE each_message CURSOR FOR {each}", each.params)
+    _open_cursor(db, found.select(*found.columns(messages.c.id)).with_for_update(key_share=True, of=messages))
     change = _update_batch(rebind_id).compile(db)
     with _pipeline(db) as driver:
         for batch in batches(decide(_read_ahead(driver)), lambda one: len(one.meta)):
@@ -266,13 +275,18 @@ def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str
             driver.execute(str(change), change.params | {"updates": updates})
 
 
+def _open_cursor(db: Connection, each: Select[Any]) -> None:
+    db.execute(text("SET LOCAL cursor_tuple_fraction = 1"))  # the planner may expect that it is read to its end
+    compiled = each.compile(db)
+    db.exec_driver_sql(f"DECLARE each_message CURSOR FOR {compiled}", compiled.params)
+
+
 def _read_ahead(driver: psycopg.Connection) -> Iterator[Sequence[Any]]:
     """The cursor's rows. The next ones are asked for before these are used."""
-    size = 16
+    size = FIRST_ROWS
     reading = driver.execute(f"FETCH {size} FROM each_message")
     while found := reading.fetchall():
-        is_large = sum(len(row[2]) for row in found) > MAX_BATCH // 2
-        size = max(1, size // 4) if is_large else min(BATCH, size * 2)
+        size = rows_to_read(size, sum(len(row[2]) for row in found))
         reading = driver.execute(f"FETCH {size} FROM each_message")
         yield from found
 
@@ -281,7 +295,7 @@ def _update_batch(rebind_id: str | None) -> Update | Insert:
     """Make messages what `updates` says, a JSON list of moving.Update, and write their records if wanted."""
     each = (
         func.json_to_recordset(bindparam("updates", type_=JSON))
-        .table_valued(*(column(name, Text()) for name in MessageUpdate._fields))
+        .table_valued(*(column(name, JSONB() if name == "changes" else Text()) for name in MessageUpdate._fields))
         .render_derived(with_types=True)
     )
     new = {name: cast(each.c[name], messages.c[name].type) for name in UPDATED_COLUMNS}
@@ -289,8 +303,7 @@ def _update_batch(rebind_id: str | None) -> Update | Insert:
     if rebind_id is None:
         return change
     # Both parts of the statement see the messages as they were before it.
-    columns = record_columns(rebind_id, messages.c, each.c.queue, messages.c.queue)
-    columns |= {"changes": cast(each.c.changes, JSONB)}
+    columns = record_columns(rebind_id, messages.c, each.c.queue, messages.c.queue) | {"changes": each.c.changes}
     records = select(*columns.values()).where(messages.c.id == each.c.at)
     return insert(log).from_select(list(columns), records).add_cte(change.cte("changed"))
 
@@ -307,8 +320,3 @@ def _pipeline(db: Connection) -> Iterator[psycopg.Connection]:
             yield driver
     except psycopg.Error as error:
         raise DBAPIError.instance(None, None, error, psycopg.Error) from error
-
-
-def _plan_for_all_rows(db: Connection) -> None:
-    """Let the planner expect that a cursor is read to its end."""
-    db.execute(text("SET LOCAL cursor_tuple_fraction = 1"))

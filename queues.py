@@ -353,9 +353,7 @@ class _Stream:
             raise StoreRefused(TOO_LONG)
         if self._request.always_flush or queue != old_queue:
             due = self._now
-        return Update(
-            changed.get("sender", sender), recipient, domain, meta, queue, due, at, to_json(changed), old_queue
-        )
+        return Update(changed.get("sender", sender), recipient, domain, meta, queue, due, at, changed, old_queue)
 
     def plan(self) -> Plan:
         """What was seen."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Command, Flask, ask, message, peak, until
+from conftest import MIB, Command, Flask, ask, message, peak, until
 
 from app import create_app
 from queues import QueueRegistry
@@ -162,3 +162,10 @@ def test_log_needs_no_more_memory_for_more_records(queues: QueueRegistry, url: s
     for _ in range(10):
         rebind(queues, "many")
     assert peak(url, "log") - few < 4 * 1024
+
+
+@pytest.mark.slow
+def test_log_does_not_hold_all_large_records_at_once(queues: QueueRegistry, url: str) -> None:
+    queues.load(message(meta={"note": "x" * MIB}) for _ in range(100))
+    rebind(queues, "large")
+    assert peak(url, "log") < 150 * 1024
