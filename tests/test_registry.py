@@ -27,7 +27,7 @@ from conftest import (
     set_data,
     stored,
 )
-from sqlalchemy import delete, insert, text
+from sqlalchemy import delete, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
 import store
@@ -747,6 +747,14 @@ def test_a_dry_run_waits_for_nobody(queues: QueueRegistry, url: str, event: bool
     queues.bind(url, busy_timeout=0)
     with locked(url), rebind.connected_to(set_data):
         assert counts(ask(queues, {"queue": "b"}, dry_run=True, trigger_rebind_event=event)) == (1, 1, 1)
+
+
+def test_a_rebind_does_not_wait_for_those_who_only_read(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    queues.bind(url, busy_timeout=0)
+    with locked(url, lock="BEGIN") as reader:
+        assert reader.scalar(select(func.count()).select_from(store.messages)) == 1
+        assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("dry_run", [False, True], ids=["", "dry run"])
