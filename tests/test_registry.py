@@ -679,6 +679,13 @@ def test_a_message_that_a_sender_inserted_is_rebound(
     assert [record["meta"] for record in queues.records()] == [row["meta"]]
 
 
+def test_a_key_that_a_sender_wrote_with_escapes_is_the_same_key(queues: QueueRegistry, url: str) -> None:
+    run_sql(url, insert_message("s1", r'{"\u0074enant": "t", "\u00e9": 1, "kept": "\u00e9"}'))
+    ask(queues, {"campaign": "c"}, unset=("é",))
+    assert metas(url) == [{"tenant": "t", "kept": "é", "campaign": "c"}]
+    assert names(url) == ["c:t@example.com"]
+
+
 def test_a_message_is_named_by_the_domain_that_its_sender_gave(queues: QueueRegistry, url: str) -> None:
     run_sql(url, insert_message("s1", "{}", domain="relay.example:2525"))
     ask(queues, {"tenant": "t"})
