@@ -120,3 +120,10 @@ def test_a_row_that_is_just_within_the_limits_is_taken(
 ) -> None:
     run_sql(url, insertion(table, column, value))
     assert (len(stored(url)), len(list(queues.records()))) == (table == "messages", table == "log")
+
+
+def test_a_key_belongs_to_one_rebind(queues: QueueRegistry, url: str) -> None:
+    """docs/contract.md, "Retries"."""
+    run_sql(url, insertion("rebinds", "idempotency_key", "'k'"))
+    with pytest.raises(DBAPIError, match=r"(?i)unique.*idempotency_key"):
+        run_sql(url, insertion("rebinds", "idempotency_key", "'k'").replace("'r'", "'another'"))
