@@ -31,6 +31,7 @@ from sqlalchemy import insert, make_url, text, update
 
 import history as history_module
 import store
+from delivery import claim, delivered
 from event import HandlerFailed, rebind
 from history import NODEID, KeyReused, NothingToUndo, RebindResult, UnknownRebind
 from message import Message
@@ -60,6 +61,10 @@ def change_all(message: Message, data: dict[str, str]) -> None:
 
 def replace_recipient(message: Message, data: dict[str, str]) -> None:
     message.recipient = [data["to"]]
+
+
+def leave_alone(message: Message, data: dict[str, str]) -> None:
+    pass
 
 
 EVERY_WAY = pytest.mark.parametrize(
@@ -140,6 +145,36 @@ def test_what_others_changed_since_stays(queues: QueueRegistry, url: str) -> Non
     ask(queues, {"a": "second", "b": "second", "c": "second"})
     undo(queues, first)
     assert metas(url) == [{"a": "old", "b": "second", "c": "second"}]
+
+
+def test_a_message_that_a_handler_left_alone_is_left_alone_by_an_undo_too(queues: QueueRegistry, url: str) -> None:
+    """The keys of `data` are what its record changed only if no handler was called."""
+    queues.load([message(meta={"note": "old"})])
+    rebind.disconnect(change_all)
+    with rebind.connected_to(leave_alone):
+        first = ask(queues, {"note": "first"}, trigger_rebind_event=True)
+    assert [record["meta"] for record in logged(url)] == [{"note": "old"}]
+    ask(queues, {"note": "second"})
+    assert counts(undo(queues, first)) == (0, 0, 0)
+    assert metas(url) == [{"note": "second"}]
+
+
+@pytest.mark.postgresql
+def test_an_undo_passes_over_what_a_worker_wrote_while_the_rebind_ran(queues: QueueRegistry, url: str) -> None:
+    """The worker's record has a key between those of the rebind. In SQLite there is one writer at a time."""
+    queues.load([message(), message(meta={"queue": "of the worker"})])
+    (claimed,) = [each for each in claim(2, lease=60) if each.queue == "of the worker"]
+    rebind.disconnect(change_all)
+
+    def move(message: Message, data: dict[str, str]) -> None:
+        delivered(claimed, {})
+        message.meta["tenant"] = "t"
+
+    with rebind.connected_to(move):
+        first = ask(queues, domain="example.com", trigger_rebind_event=True)
+    assert [record["type"] for record in queues.records()] == ["Delivery", "AdminRebind"]
+    second = undo(queues, first)
+    assert (counts(second), second.left) == ((1, 1, 1), 0)
 
 
 def test_recipients_whom_a_worker_has_served_since_do_not_come_back(queues: QueueRegistry, url: str) -> None:

@@ -27,7 +27,7 @@ from conftest import (
     set_data,
     stored,
 )
-from sqlalchemy import delete, insert, text
+from sqlalchemy import delete, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
 import store
@@ -681,6 +681,13 @@ def test_a_message_that_a_sender_inserted_is_rebound(
     assert [record["meta"] for record in queues.records()] == [row["meta"]]
 
 
+def test_a_key_that_a_sender_wrote_with_escapes_is_the_same_key(queues: QueueRegistry, url: str) -> None:
+    run_sql(url, insert_message("s1", r'{"\u0074enant": "t", "\u00e9": 1, "kept": "\u00e9"}'))
+    ask(queues, {"campaign": "c"}, unset=("é",))
+    assert metas(url) == [{"tenant": "t", "kept": "é", "campaign": "c"}]
+    assert names(url) == ["c:t@example.com"]
+
+
 def test_a_message_is_named_by_the_domain_that_its_sender_gave(queues: QueueRegistry, url: str) -> None:
     run_sql(url, insert_message("s1", "{}", domain="relay.example:2525"))
     ask(queues, {"tenant": "t"})
@@ -749,6 +756,14 @@ def test_a_dry_run_waits_for_nobody(queues: QueueRegistry, url: str, event: bool
     queues.bind(url, busy_timeout=0)
     with locked(url), rebind.connected_to(set_data):
         assert counts(ask(queues, {"queue": "b"}, dry_run=True, trigger_rebind_event=event)) == (1, 1, 1)
+
+
+def test_a_rebind_does_not_wait_for_those_who_only_read(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    queues.bind(url, busy_timeout=0)
+    with locked(url, lock="BEGIN") as reader:
+        assert reader.scalar(select(func.count()).select_from(store.messages)) == 1
+        assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("dry_run", [False, True], ids=["", "dry run"])
