@@ -414,8 +414,9 @@ def test_a_terminal_shows_that_an_event_goes_on(start_command: Command, queues: 
 @pytest.mark.sqlite
 @pytest.mark.parametrize("command", ["queues", "messages", "log", "history --json"])
 def test_a_full_standard_output_is_one_line_and_a_closed_pipe_is_none(
-    start_command: Command, queues: QueueRegistry, command: str
+    start_command: Command, queues: QueueRegistry, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # Python writes what is left when it ends
     queues.load([message(meta={"queue": str(n), "note": "x" * 1000}) for n in range(500)])
     for _ in range(2):
         ask(queues)
