@@ -256,6 +256,7 @@ def test_a_handler_that_fails_is_named_with_its_message(
 ) -> None:
     response = service.rebind(query, domain=domain, data=data | {"queue": "elsewhere"}, trigger_rebind_event=True)
     assert is_problem(response, 500, detail)
+    assert "Retry-After" not in response.headers, "the same request fails again"
 
 
 @pytest.mark.usefixtures("unchanged")

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import ask, contents, engine_for, message, run_sql, stored
-from sqlalchemy import update
+from conftest import PATIENCE, ask, contents, engine_for, message, run_sql, stored
+from sqlalchemy import make_url, update
 
 from delivery import DISCARD, Claim, Outcome, bounced, claim, delivered, postponed, settle
 from deliverylog import response
@@ -33,6 +33,15 @@ def test_a_claimed_message_is_nobody_elses_until_its_lease_ends(queues: QueueReg
     assert claims[0].content == CONTENT
     assert len(claim(5, lease=60)) == 1, "a lease that has ended comes back"
     assert claim(5, lease=60) == []
+
+
+@pytest.mark.postgresql
+def test_of_a_queue_those_are_claimed_first_that_have_been_due_longest(queues: QueueRegistry, url: str) -> None:
+    """Without its index PostgreSQL finds them in another order. SQLite always uses the index."""
+    without_index = {"options": "-c enable_indexscan=off -c enable_bitmapscan=off"}
+    queues.bind(make_url(url).update_query_dict(without_index).render_as_string(hide_password=False), PATIENCE)
+    queues.load(message(id=id, due=due) for id, due in (("3", 3.0), ("1", 1.0), ("2", 2.0)))
+    assert [each.id for each in claim(2, lease=60)] == ["1", "2"]
 
 
 def after(sql: str) -> Callable[[Claim, str], None]:

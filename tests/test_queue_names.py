@@ -212,8 +212,11 @@ def test_a_request_matches_no_name_of_which_one_part_differs(criteria: dict[str,
 
 
 def test_each_queue_that_matches_is_found_and_no_other(queues: QueueRegistry, url: str) -> None:
-    """All names of up to four of the characters that count, A being what follows the @ in the order of bytes."""
-    names = ["".join(letters) for length in range(5) for letters in product("a:@A!", repeat=length)]
+    """All names of up to four of the characters that count, A being what follows the @ in the order of bytes.
+
+    The one that comes first after `a`, if there is no NUL, has a character more, of the smallest code.
+    """
+    names = ["".join(letters) for length in range(5) for letters in product("a:@A!", repeat=length)] + ["a\1"]
     queues.load(message(meta={"queue": name}) for name in names)
     if url.startswith("sqlite"):
         names += nul_in_names(queues)

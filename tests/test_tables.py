@@ -4,7 +4,8 @@ docs/contract.md, "Messages come and go".
 """
 
 import pytest
-from conftest import run_sql, stored
+from conftest import engine_for, run_sql, stored
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from queues import QueueRegistry
@@ -127,3 +128,13 @@ def test_a_key_belongs_to_one_rebind(queues: QueueRegistry, url: str) -> None:
     run_sql(url, insertion("rebinds", "idempotency_key", "'k'"))
     with pytest.raises(DBAPIError, match=r"(?i)unique.*idempotency_key"):
         run_sql(url, insertion("rebinds", "idempotency_key", "'k'").replace("'r'", "'another'"))
+
+
+@pytest.mark.postgresql
+def test_names_and_ids_are_ordered_by_their_bytes_whatever_the_language_of_the_database(
+    queues: QueueRegistry, url: str
+) -> None:
+    """The columns say so themselves: the server that the tests bring along knows no language."""
+    with engine_for(url).connect() as db:
+        of_names = "FROM information_schema.columns WHERE table_name = 'messages' AND column_name IN ('id', 'queue')"
+        assert db.scalars(text(f"SELECT collation_name {of_names}")).all() == ["C", "C"]
