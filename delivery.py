@@ -18,8 +18,9 @@ from history import NODEID, printable
 from message import Message, domain_of
 from moving import MESSAGE_COLUMNS
 from names import DISCARDED, QueueName
-from queues import read_message, registry
+from queues import registry
 from store import StoreRefused, contents, log, messages
+from streaming import read_message
 
 DISCARD = 1000  # messages that one claim discards
 

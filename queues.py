@@ -6,7 +6,6 @@ keeps nothing in memory: every process and host that is bound to the same databa
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -25,21 +24,11 @@ import postgresql
 import sqlite
 from deliverylog import EVERY_RECORD, LogFilter, Pruned
 from history import RebindRequest, RebindResult
-from message import (
-    Changes,
-    Message,
-    NewMessage,
-    changed_meta,
-    changes,
-    domain_of,
-    from_json,
-    recipient_of,
-    recipient_text,
-    to_json,
-)
-from moving import MAX_MOVES, READ_AHEAD, Move, NewState, Plan, Row, Selection, Update, batches, plan
+from message import NewMessage, domain_of
+from moving import READ_AHEAD, NewState, Row, Selection, batches, plan
 from names import ALL_QUEUES, DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
-from store import MAX_NAME, TOO_LONG, Database, StoreConflict, StoreRefused, StoreUnusable, contents, messages
+from store import Database, StoreConflict, StoreUnusable, contents, messages
+from streaming import Stream, handled, restored
 
 ENGINES = {"sqlite": sqlite, "postgresql": postgresql}
 ATTEMPTS = 3  # per rebind: PostgreSQL may end ours if another transaction locks the same messages in another order
@@ -252,17 +241,17 @@ def _matching(engine: ModuleType, db: Connection, criteria: Criteria) -> ColumnE
 
 def _work(
     engine: ModuleType, db: Connection, request: RebindRequest, now: float, progress: Callable[[], None]
-) -> tuple[Selection, int | None, "_Stream | None"]:
+) -> tuple[Selection, int | None, Stream | None]:
     """Which messages to handle; of an undo, how many are left alone; and the stream that handles them, if any."""
     matching = _matching(engine, db, request.criteria)
     left, stream = None, None
     if request.undo is not None:
         undo = history.undoable(db, request.undo)
         found, left = Selection(undo.found.where & matching, request.limit, of_records=True), undo.left
-        stream = _Stream(request, now, progress, partial(_restored, undo.shared))
+        stream = Stream(request, now, progress, partial(restored, undo.shared))
     elif request.trigger_rebind_event:
         found = Selection(matching, request.limit)
-        stream = _Stream(request, now, progress, partial(_handled, event.connected(), request.data))
+        stream = Stream(request, now, progress, partial(handled, event.connected(), request.data))
     else:
         new = _new_state(engine, request, now)
         if request.limit is not None and new.renames:
@@ -280,98 +269,6 @@ def _new_state(engine: ModuleType, request: RebindRequest, now: float) -> NewSta
         flush=request.always_flush,
         renames=not {*request.data, *request.unset}.isdisjoint(NAMING_KEYS),
     )
-
-
-def _handled(
-    handlers: list[event.Handler], data: dict[str, str], before: Message, message: Message, _record: Row
-) -> Changes:
-    """What the event's handlers change. Raises HandlerFailed."""
-    return event.call_handlers(handlers, before, message, data)
-
-
-def _restored(shared: Changes, before: Message, message: Message, record: Row) -> Changes:
-    """What an undo changes. Raises StoreRefused if Python cannot read what the message was."""
-    try:
-        history.restore(message, record, shared)
-    except (ValueError, RecursionError) as error:
-        raise StoreRefused(f"message {before.id} cannot get back what it had: {error}") from error
-    return changes(before, message, checked=True)
-
-
-class _Stream:
-    """Makes updates of a stream of messages, as the event's handlers or an undo decide, and counts them."""
-
-    def __init__(
-        self,
-        request: RebindRequest,
-        now: float,
-        progress: Callable[[], None],
-        change: Callable[[Message, Message, Row], Changes],
-    ) -> None:
-        self._request, self._now, self._progress, self._change = request, now, progress, change
-        self.matched = self.moved = 0
-        self._moves: Counter[tuple[str, str]] = Counter()
-
-    def __call__(self, rows: Iterable[Row]) -> Iterator[Update]:
-        for row in rows:
-            if self.matched == self._request.limit:
-                return
-            self._progress()
-            update = self._update(row)
-            if update is None:
-                continue
-            self.matched += 1
-            self.moved += update.queue != update.old_queue
-            if self._request.dry_run:
-                self._moves[update.old_queue, update.queue] += 1
-            yield update
-
-    def _update(self, row: Row) -> Update | None:
-        """What becomes of one message; None if an undo finds it as it was. Raises HandlerFailed and StoreRefused."""
-        sender, recipient, meta, *fields, domain, at = row[:11]
-        id, old_queue, _, _, due, _ = fields
-        before = read_message(row)
-        only_strings = {*map(type, before.meta.values())} <= {str}  # which no handler can change
-        message = read_message(row, before.meta.copy() if only_strings else None)
-        changed = self._change(before, message, row[11:])
-        if changed:
-            new = changed_meta(before.meta, changed)
-            if "data" in changed or "unset" in changed:
-                meta = to_json(new)
-            if "recipient" in changed:
-                recipient = recipient_text(message.recipient)
-                with suppress(ValueError):  # an undo may restore `Postmaster`, without a domain (RFC 5321, 4.5.1)
-                    domain = domain_of(message.recipient)
-        queue = queue_name(before.meta if not changed else new, domain)
-        if self._request.undo and not changed and queue == old_queue:
-            return None
-        try:
-            size, _ = len(queue.encode()), f"{sender}{recipient}{domain}{meta}".encode()
-        except UnicodeEncodeError as error:  # SQLite kept it
-            raise StoreRefused(f"the message {id} cannot be changed: it has half a character") from error
-        if size > MAX_NAME:  # the table refuses it too, but not in a dry run
-            raise StoreRefused(TOO_LONG)
-        if self._request.always_flush or queue != old_queue:
-            due = self._now
-        return Update(changed.get("sender", sender), recipient, domain, meta, queue, due, at, changed, old_queue)
-
-    def plan(self) -> Plan:
-        """What was seen."""
-        largest = sorted(self._moves.items(), key=lambda move: (-move[1], move[0]))
-        moves = [Move(*queues, number) for queues, number in largest[:MAX_MOVES]]
-        return Plan(self.matched, self.moved, moves, len(largest) - len(moves))
-
-
-def read_message(row: Row, meta: dict[str, Any] | None = None) -> Message:
-    """The message of a row of MESSAGE_COLUMNS; `meta` is its metadata if that is known.
-
-    Raises StoreRefused if Python cannot read it.
-    """
-    sender, recipient, text, id, *fields = row[:9]
-    try:
-        return Message(sender, recipient_of(recipient), meta or from_json(text), id, *fields)
-    except (ValueError, RecursionError) as error:
-        raise StoreRefused(f"the message {id} cannot be read: {error}") from error
 
 
 def _row(new: NewMessage) -> dict[str, Any]:

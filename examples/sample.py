@@ -1,7 +1,7 @@
 """A sample of 300 messages, one a line, as KumoMTA's inspect-message shows them.
 
 Four tenants and what they send: newsletters in campaigns, receipts, messages by another route, and one pinned queue.
-The same each time, but for `due`, which is around now.
+The same each time, except `due`, which is around now.
 """
 
 import json

@@ -94,7 +94,7 @@ def books(url: str) -> Books:
 
 
 def transactions(url: str) -> int:
-    """How many transactions run in this PostgreSQL database, but for this one."""
+    """How many transactions run in this PostgreSQL database, except this one."""
     running = "datname = current_database() AND backend_type = 'client backend' AND xact_start IS NOT NULL"
     with engine_for(url).connect() as db:
         others = text(f"SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND {running}")
@@ -464,7 +464,7 @@ def test_a_full_disk_is_503_and_works_again_when_there_is_room(
 
 
 def fill_up(disk: Path, room: int) -> None:
-    """Use the disk up but for so many bytes."""
+    """Use up the disk except for so many bytes."""
 
     def filled() -> bool:
         state = os.statvfs(disk)

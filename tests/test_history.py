@@ -29,7 +29,7 @@ from conftest import (
 )
 from sqlalchemy import insert, make_url, text, update
 
-import history as history_module
+import deliverylog
 import store
 from delivery import claim, delivered
 from event import HandlerFailed, rebind
@@ -503,7 +503,7 @@ def follow(
 
     real = queues.database.engine.writers_of_log
     monkeypatch.setattr(queues.database.engine, "writers_of_log", writers_of_log)
-    monkeypatch.setattr(history_module, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(deliverylog, "time", SimpleNamespace(sleep=sleep))
     found: list[str] = []
     with pytest.raises(Ended):
         found.extend(record["id"] for record in queues.records(poll=1))

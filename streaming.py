@@ -1,0 +1,109 @@
+"""Messages that stream through Python: what the event's handlers or an undo make of each of them.
+
+The engines read and write them in batches; moving.Update is what they write.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import event
+import history
+from history import RebindRequest
+from message import Changes, Message, changed_meta, changes, domain_of, from_json, recipient_of, recipient_text, to_json
+from moving import MAX_MOVES, Move, Plan, Row, Update
+from names import queue_name
+from store import MAX_NAME, TOO_LONG, StoreRefused
+
+
+class Stream:
+    """Makes updates of a stream of messages, as the event's handlers or an undo decide, and counts them."""
+
+    def __init__(
+        self,
+        request: RebindRequest,
+        now: float,
+        progress: Callable[[], None],
+        change: Callable[[Message, Message, Row], Changes],
+    ) -> None:
+        self._request, self._now, self._progress, self._change = request, now, progress, change
+        self.matched = self.moved = 0
+        self._moves: Counter[tuple[str, str]] = Counter()
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[Update]:
+        for row in rows:
+            if self.matched == self._request.limit:
+                return
+            self._progress()
+            update = self._update(row)
+            if update is None:
+                continue
+            self.matched += 1
+            self.moved += update.queue != update.old_queue
+            if self._request.dry_run:
+                self._moves[update.old_queue, update.queue] += 1
+            yield update
+
+    def _update(self, row: Row) -> Update | None:
+        """What becomes of one message; None if an undo finds it as it was. Raises HandlerFailed and StoreRefused."""
+        sender, recipient, meta, *fields, domain, at = row[:11]
+        id, old_queue, _, _, due, _ = fields
+        before = read_message(row)
+        only_strings = {*map(type, before.meta.values())} <= {str}  # which no handler can change
+        message = read_message(row, before.meta.copy() if only_strings else None)
+        changed = self._change(before, message, row[11:])
+        if changed:
+            new = changed_meta(before.meta, changed)
+            if "data" in changed or "unset" in changed:
+                meta = to_json(new)
+            if "recipient" in changed:
+                recipient = recipient_text(message.recipient)
+                with suppress(ValueError):  # an undo may restore `Postmaster`, without a domain (RFC 5321, 4.5.1)
+                    domain = domain_of(message.recipient)
+        queue = queue_name(before.meta if not changed else new, domain)
+        if self._request.undo and not changed and queue == old_queue:
+            return None
+        try:
+            size, _ = len(queue.encode()), f"{sender}{recipient}{domain}{meta}".encode()
+        except UnicodeEncodeError as error:  # SQLite kept it
+            raise StoreRefused(f"the message {id} cannot be changed: it has half a character") from error
+        if size > MAX_NAME:  # the table refuses it too, but not in a dry run
+            raise StoreRefused(TOO_LONG)
+        if self._request.always_flush or queue != old_queue:
+            due = self._now
+        return Update(changed.get("sender", sender), recipient, domain, meta, queue, due, at, changed, old_queue)
+
+    def plan(self) -> Plan:
+        """What was seen."""
+        largest = sorted(self._moves.items(), key=lambda move: (-move[1], move[0]))
+        moves = [Move(*queues, number) for queues, number in largest[:MAX_MOVES]]
+        return Plan(self.matched, self.moved, moves, len(largest) - len(moves))
+
+
+def handled(
+    handlers: list[event.Handler], data: dict[str, str], before: Message, message: Message, _record: Row
+) -> Changes:
+    """What the event's handlers change. Raises HandlerFailed."""
+    return event.call_handlers(handlers, before, message, data)
+
+
+def restored(shared: Changes, before: Message, message: Message, record: Row) -> Changes:
+    """What an undo changes. Raises StoreRefused if Python cannot read what the message was."""
+    try:
+        history.restore(message, record, shared)
+    except (ValueError, RecursionError) as error:
+        raise StoreRefused(f"message {before.id} cannot get back what it had: {error}") from error
+    return changes(before, message, checked=True)
+
+
+def read_message(row: Row, meta: dict[str, Any] | None = None) -> Message:
+    """The message of a row of MESSAGE_COLUMNS; `meta` is its metadata if that is known.
+
+    Raises StoreRefused if Python cannot read it.
+    """
+    sender, recipient, text, id, *fields = row[:9]
+    try:
+        return Message(sender, recipient_of(recipient), meta or from_json(text), id, *fields)
+    except (ValueError, RecursionError) as error:
+        raise StoreRefused(f"the message {id} cannot be read: {error}") from error
