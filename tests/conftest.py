@@ -509,9 +509,9 @@ def start_command(queues: QueueRegistry, url: str) -> Iterator[Command]:
     def popen(*arguments: str | Path, **streams: Any) -> subprocess.Popen[bytes]:
         environment = os.environ | {"REBIND_DATABASE_URL": url}
         # A shell lets what it starts in the background ignore Ctrl-C, and so would all that is started from there.
-        hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        options: dict[str, Any] = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)} | streams
         command = [*PROGRAM, *map(str, arguments)]
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=hears, **streams))
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **options))
         return started[-1]
 
     yield popen
