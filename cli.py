@@ -79,7 +79,7 @@ class StoreCommand(click.Command):
 
     def invoke(self, context: click.Context) -> Any:
         """Run it. Raises click.ClickException if standard output is full."""
-        if sys.stderr.isatty():
+        if on_terminal(sys.stderr):
             click.echo(f"store: {printable(registry.database.shown)}", err=True)
         try:
             return super().invoke(context)
@@ -105,7 +105,7 @@ def load(files: tuple[str, ...]) -> None:
     """
     sizes = answered(lambda: [(os.fstat(0) if file == "-" else Path(file).stat()).st_size for file in files])
     length = sum(sizes) if all(sizes) else None  # of a pipe it is not known
-    label, hidden = "loading", not sys.stderr.isatty()
+    label, hidden = "loading", not on_terminal(sys.stderr)
     with click.progressbar(
         itertools.count(), length, label, file=sys.stderr, hidden=hidden, update_min_steps=DRAW
     ) as bar:
@@ -329,7 +329,7 @@ def progress_bar(streams: bool) -> Any:
         label="rebinding",
         show_pos=True,
         file=sys.stderr,
-        hidden=not (streams and sys.stderr.isatty()),
+        hidden=not (streams and on_terminal(sys.stderr)),
         update_min_steps=1000,
     )
 
@@ -338,7 +338,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table: numbers to the right; on a terminal, the widest columns of text are cut to its width."""
     table = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(widths) + 2 * len(widths)
+    room = shutil.get_terminal_size().columns if on_terminal(sys.stdout) else sum(widths) + 2 * len(widths)
     cuttable = [n for n, name in enumerate(columns) if name not in NOT_CUT]
     while sum(widths) + 2 * (len(widths) - 1) > room:
         widest = max(cuttable, key=widths.__getitem__)
@@ -355,6 +355,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
             for cell, width, right in zip(cells, widths, numbers, strict=True)
         ]
         click.echo("  ".join(aligned).rstrip())
+
+
+def on_terminal(stream: IO[str] | None) -> bool:
+    """Whether people see this standard stream as it is written. It is None if the caller closed it."""
+    return stream is not None and stream.isatty()
 
 
 def age(seconds: float) -> str:

@@ -429,3 +429,20 @@ def test_a_full_standard_output_is_one_line_and_a_closed_pipe_is_none(
     process = start_command(*command.split(), stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (process.communicate(timeout=30)[1], process.returncode) == (b"", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.sqlite
+@pytest.mark.parametrize("closed", [1, 2], ids=["output", "error"])
+def test_a_standard_stream_may_be_closed(
+    shell: Flask, queues: QueueRegistry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, closed: int
+) -> None:
+    queues.load([message()])
+    undo = ("rebind", "--undo", str(ask(queues, {"queue": "x"}).rebind_id), "--reason", "r")
+    new = tmp_path / "new"
+    new.write_text('{"id": "new", "message": {"sender": "", "recipient": "ada@example.com"}}')
+    monkeypatch.setattr(conftest, "PROGRAM", ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *PROGRAM])
+    for command in (undo, ("load", str(new)), ("queues",), ("messages",), ("history",)):
+        status, output, error = shell(*command)
+        assert (status, output != "", error) == (0, closed == 2, ""), command
+    assert shell("load", str(new))[0] == 1
