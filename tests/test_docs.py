@@ -7,11 +7,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT, Service, Start
+from conftest import POSTGRESQL_BIN, PROGRAM, ROOT, Start, empty, engine_for, new_database, run_sql
+from sqlalchemy import make_url, select
+from test_deploy import program
 
-PATIENCE = 300  # seconds for all commands of a document
+from store import metadata
+
+RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
+LONG = 300  # seconds for all commands of a document
 MARK = "@@@"
 
 # What is different each time, and what stands for it in both texts.
@@ -30,10 +36,10 @@ Block = tuple[str, str]
 """A command, and what it prints."""
 
 
-def blocks(text: str) -> Iterator[Block]:
+def blocks(text: str, prompt: str = "$") -> Iterator[Block]:
     """The commands of a document's console blocks; those of root, after a `#`, are for a host that is set up."""
     for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
-        for command in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        for command in re.split(rf"^{re.escape(prompt)} ", block, flags=re.MULTILINE)[1:]:
             lines = command.splitlines(keepends=True)
             ends = next(n for n, line in enumerate(lines) if not line.endswith("\\\n"))
             yield "".join(lines[: ends + 1]).strip(), "".join(lines[ends + 1 :])
@@ -51,27 +57,41 @@ def says(documented: str, printed: str) -> bool:
     return re.fullmatch(pattern, masked(printed), re.DOTALL) is not None
 
 
-def run_all(commands: list[str], service: Service, folder: Path) -> list[str]:
-    """What each command prints, on standard output or error, in one shell beside a running service."""
-    flask = f'#!/bin/sh\ncd {ROOT}\nexec {sys.executable} -m flask "$@"\n'
-    for name in ("rebind", "flask"):
-        (folder / name).write_text(flask)
+def run_all(
+    commands: list[str], here: dict[str, str], folder: Path, programs: dict[str, str], **environment: str
+) -> list[str]:
+    """What each command prints, on standard output or error, in one shell.
+
+    here: what stands for names of the document.
+    programs: what stands for programs of the host that the document is about, as shell scripts in this folder.
+    """
+    for name, does in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
         (folder / name).chmod(0o755)
-    local = [one.replace(".venv/bin/flask", "flask").replace("localhost:8000", service.base[7:]) for one in commands]
-    script = "".join(f"echo {MARK}\n{one}\n" for one in local)
-    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    for there, name in here.items():
+        commands = [command.replace(there, name) for command in commands]
     done = subprocess.run(
         ["bash"],
-        input=script,
+        input="".join(f"echo {MARK}\n{one}\n" for one in commands),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"} | environment,
         text=True,
-        timeout=PATIENCE,
+        timeout=LONG,
         check=False,
     )
     return done.stdout.split(f"{MARK}\n")[1:]
+
+
+def load_sample(url: str) -> None:
+    sample = subprocess.run([sys.executable, "examples/sample.py"], cwd=ROOT, capture_output=True, check=True).stdout
+    run_flask(url, "load", "-", stdin=sample)
+
+
+def run_flask(url: str, *arguments: str, stdin: bytes = b"") -> None:
+    environment = os.environ | {"REBIND_DATABASE_URL": url}
+    subprocess.run([*PROGRAM, *arguments], cwd=ROOT, input=stdin, env=environment, check=True)
 
 
 NOT_RUN = ("make ",)  # it sets up an environment, and then serves until it is stopped
@@ -79,7 +99,7 @@ NOT_RUN = ("make ",)  # it sets up an environment, and then serves until it is s
 
 @pytest.mark.sqlite
 @pytest.mark.slow
-@pytest.mark.timeout(PATIENCE)
+@pytest.mark.timeout(LONG)
 @pytest.mark.parametrize("document", ["README.md", "docs/runbook.md"])
 def test_every_command_prints_what_the_document_says(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, document: str
@@ -90,10 +110,50 @@ def test_every_command_prints_what_the_document_says(
     monkeypatch.setenv("REBIND_POLICY", str(policy))
     monkeypatch.setenv("REBIND_DATABASE_URL", url)
     service = start(url=url)
-    sample = subprocess.run([sys.executable, "examples/sample.py"], cwd=ROOT, capture_output=True, check=True).stdout
-    load = [sys.executable, "-m", "flask", "load", "-"]
-    subprocess.run(load, cwd=ROOT, input=sample, check=True)
+    load_sample(url)
     documented = [one for one in blocks((ROOT / document).read_text()) if not one[0].startswith(NOT_RUN)]
-    printed = run_all([command for command, _ in documented], service, tmp_path)
+    here = {".venv/bin/flask": "flask", "localhost:8000": service.base.removeprefix("http://")}
+    flask = f'cd {ROOT}; exec {sys.executable} -m flask "$@"'
+    printed = run_all([command for command, _ in documented], here, tmp_path, {"rebind": flask, "flask": flask})
     wrong = [(*one, out) for one, out in zip(documented, printed, strict=True) if not says(one[1], out)]
     assert wrong == []
+
+
+@pytest.mark.slow
+def test_what_was_backed_up_is_restored(url: str, tmp_path: Path) -> None:
+    section = RUNBOOK.partition("## Back up and restore\n")[2].partition("\n## ")[0]
+    each = [list(blocks(block, "#")) for block in re.findall(r"```console\n.*?```", section, re.DOTALL)]
+    back_up, restore = each[:2] if url.startswith("sqlite") else each[2:]
+    backup = tmp_path / ("queues.db" if url.startswith("sqlite") else "rebind.dump")
+    with new_database(url, tmp_path) as store:
+        database = make_url(store)
+        here = {"/var/backups": str(tmp_path), "--dbname rebind": f"--dbname {database.database}"}
+        here |= {"/var/lib/rebind/queues.db": str(database.database), "-o rebind -g rebind ": ""}
+        programs = {"systemctl": "", "runuser": 'shift 3; exec "$@"'}
+        programs |= {name: f'exec {POSTGRESQL_BIN / name} "$@"' for name in ("pg_dump", "pg_restore")}
+        if url.startswith("sqlite"):
+            program("sqlite3")
+
+        def run(documented: list[Block]) -> None:
+            host = {"PGHOST": str(database.query.get("host", "")), "PGUSER": str(database.username)}
+            printed = run_all([command for command, _ in documented], here, tmp_path, programs, **host)
+            assert [masked(one) for one in printed] == [masked(output) for _, output in documented]
+
+        load_sample(store)
+        run_sql(store, "UPDATE messages SET meta = '{}'")
+        run_flask(store, "rebind", "--everything", "--reason", "r")
+        before = everything(store)
+        run(back_up)
+        assert backup.stat().st_mode & 0o777 == 0o600
+        empty(store)
+        load_sample(store)
+        engine_for(store).dispose()
+        run(restore)
+        assert everything(store) == before
+        engine_for(store).dispose()
+
+
+def everything(url: str) -> dict[str, list[Any]]:
+    """The rows of each table."""
+    with engine_for(url).connect() as db:
+        return {table.name: sorted(db.execute(select(table)), key=str) for table in metadata.sorted_tables}
