@@ -1,10 +1,13 @@
-"""Tests of the tables as an interface: what they refuse from those who write to them with plain SQL.
+"""Tests of the tables as an interface: what others write to them with plain SQL, and what the tables refuse.
 
-docs/contract.md, "Messages come and go".
+docs/tables.md, and docs/contract.md, "Messages come and go".
 """
 
+import re
+from typing import Any
+
 import pytest
-from conftest import engine_for, run_sql, stored
+from conftest import ROOT, ask, contents, engine_for, logged, run_sql, stored
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -54,6 +57,62 @@ LONGEST = f"'{'é' * (MAX_NAME // 2)}'"
 TOO_LONG = f"'{'é' * (MAX_NAME // 2)}x'"
 TIMES = [("messages", "created"), ("messages", "due"), ("log", "created"), ("log", "event_time")]
 TIMES += [("rebinds", "event_time")]
+
+SQL = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "tables.md").read_text(), re.DOTALL)
+# The statements of the page, without their comments.
+SENDER, WORKER = (re.sub("^--.*\n", "", block, flags=re.MULTILINE).strip("; \n").split(";") for block in SQL)
+
+
+def run(url: str, *statements: str, **parameters: Any) -> list[Any]:
+    """Run statements of docs/tables.md in one transaction: the rows of the last one, or how many rows it changed."""
+    with engine_for(url).begin() as db:
+        if url.startswith("sqlite"):
+            statements = tuple(one.replace("FOR UPDATE SKIP LOCKED", "") for one in statements)
+        *_, last = (db.execute(text(one), parameters) for one in statements)
+        return [row._asdict() for row in last] if last.returns_rows else [last.rowcount]
+
+
+ADDRESSES = {"sender": "news@acme.example", "recipient": "ada@example.com"}
+
+
+def send(url: str, id: str, queue: str = "example.com") -> None:
+    """Add a message with the statements of docs/tables.md, "A sender"."""
+    row = ADDRESSES | {"id": id, "domain": "example.com", "queue": queue, "meta": '{"a": [1]}', "size": 5, "now": 1e9}
+    run(url, *SENDER, **row, data=b"Hello")
+
+
+def test_a_sender_needs_only_the_statements_of_the_page(queues: QueueRegistry, url: str) -> None:
+    send(url, "m1")
+    columns = {"id": "m1", "domain": "example.com", "queue": "example.com", "meta": {"a": [1]}, "size": 5}
+    columns |= {"created": 1e9, "due": 1e9, "num_attempts": 0}
+    assert (stored(url), contents(url)) == ([ADDRESSES | columns], {"m1": b"Hello"})
+
+
+def test_a_worker_needs_only_the_statements_of_the_page(queues: QueueRegistry, url: str) -> None:
+    """docs/tables.md, "A worker"."""
+    due_queues, discard, claim, remove, record, try_later = WORKER
+    for id, queue in (("m1", "example.com"), ("m2", "example.com"), ("m3", "example.com"), ("m4", "null")):
+        send(url, id, queue)
+    now, later = 1.5e9, 1.6e9
+    lease = now + 300
+    assert {row["queue"] for row in run(url, due_queues, now=now)} == {"example.com", "null"}
+    assert (run(url, discard, now=now), {*contents(url)}) == ([1], {"m1", "m2", "m3"})
+    claimed = run(url, claim, queue="example.com", now=now)
+    assert {(row["id"], row["due"]) for row in claimed} == {("m1", lease), ("m2", lease), ("m3", lease)}
+    assert run(url, claim, queue="example.com", now=now) == []
+
+    delivery = ADDRESSES | {"id": "m1", "queue": "example.com", "meta": "{}", "size": 5, "created": 1e9}
+    delivery |= {"num_attempts": 0, "now": now, "nodeid": "n", "details": '{"response": {"code": 250}}'}
+    assert run(url, remove, record, **delivery) == [1]
+    assert [(one["type"], one["id"], one["response"]) for one in logged(url)] == [("Delivery", "m1", {"code": 250})]
+    assert (run(url, remove, id="m1"), {*contents(url)}) == ([0], {"m2", "m3"})
+
+    run(url, try_later, id="m2", lease=lease, later=later)
+    assert [(row["due"], row["num_attempts"]) for row in stored(url)] == [(later, 1), (lease, 0)]
+    assert ask(queues, {"queue": "x"}).moved == 2
+    before = stored(url)[1]
+    run(url, try_later, id="m3", lease=lease, later=later)
+    assert stored(url)[1] == before | {"num_attempts": 1}
 
 
 def insertion(table: str, column: str, value: str) -> str:
