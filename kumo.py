@@ -11,19 +11,20 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from decimal import Decimal
+from decimal import Context, Decimal
 from typing import IO, Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 from marshmallow.exceptions import SCHEMA
 
 from deliverylog import MAX_ATTEMPTS
-from message import NewMessage, check_json, check_text, domain_of
+from message import NewMessage, addresses_of, check_json, check_text, domain_of
 from names import queue_name
 from schemas import NotJSON, StrictInteger, checked, json_documents, text
 from store import FIRST_SECOND, LAST_SECOND, MAX_NAME
 
 MAX_REASONS = 5  # that an error names, of all that is wrong in one answer
+EXACT = Context(prec=400)  # digits: the difference of a double and its whole seconds has no more
 UUID_EPOCH = 12219292800  # seconds from 1582-10-15, when the time of a UUID begins, to 1970
 
 _RFC3339 = re.compile(
@@ -69,7 +70,7 @@ def _seconds(value: Any) -> float:
         raise wrong from None
     if leap and whole % 86400:  # a leap second is the last of a day of UTC (RFC 3339, section 5.7)
         raise wrong
-    seconds = whole + float(f"0{fraction}")
+    seconds = float(EXACT.add(Decimal(int(whole)), Decimal(f"0{fraction}")))
     if not FIRST_SECOND <= seconds <= LAST_SECOND:
         raise ValidationError("Not in the years 1 to 9999.")
     return seconds
@@ -88,7 +89,7 @@ class MessageSchema(Schema):
     """What KumoMTA tells of a message."""
 
     sender = text(required=True)
-    recipient = fields.Raw(required=True, validate=checked(domain_of))
+    recipient = fields.Raw(required=True, validate=checked(addresses_of))
     meta = fields.Dict(load_default=dict, validate=checked(check_json))
     data = fields.String(load_default=None, allow_none=True, validate=checked(str.encode))
     due = fields.Function(**_time)
@@ -102,7 +103,11 @@ class MessageSchema(Schema):
 
     @validates_schema
     def _can_be_queued(self, message: dict[str, Any], **_: Any) -> None:
-        queue = message["queue"] or queue_name(message["meta"], message["domain"] or domain_of(message["recipient"]))
+        try:
+            domain = domain_of(message["recipient"]) if message["domain"] is None else message["domain"]
+        except ValueError as error:
+            raise ValidationError(str(error), "recipient") from None
+        queue = message["queue"] or queue_name(message["meta"], domain)
         if len(queue.encode()) > MAX_NAME:
             raise ValidationError(f"the name of its queue is longer than {MAX_NAME} bytes", "meta")
 
@@ -194,7 +199,7 @@ def shown_message(row: Any, content: bool) -> dict[str, Any]:
 def _rfc3339(seconds: float) -> str:
     """The time in UTC, with all digits that the number has, so that it is read as the same number."""
     whole = math.floor(seconds)
-    fraction = f"{Decimal(repr(seconds)) - whole:f}".partition(".")[2].rstrip("0")
+    fraction = f"{EXACT.subtract(Decimal(repr(seconds)), whole):f}".partition(".")[2].rstrip("0")
     return datetime.fromtimestamp(whole, UTC).strftime("%04Y-%m-%dT%H:%M:%S") + (f".{fraction}Z" if fraction else "Z")
 
 

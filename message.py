@@ -120,15 +120,27 @@ def domain_of(recipient: str | list[str]) -> str:
 
     Raises ValueError unless `recipient` is an address `local@domain`, or a list of at least one.
     """
+    addresses = addresses_of(recipient)
+    for address in addresses:
+        local, _, domain = address.rpartition("@")
+        if not local or not domain:
+            raise ValueError(f"{address!r} is not an address (local@domain)")
+    return addresses[0].rpartition("@")[2].lower()
+
+
+def addresses_of(recipient: str | list[str]) -> list[str]:
+    """The addresses of a recipient, which may be without a domain, such as `Postmaster` (RFC 5321, section 4.5.1).
+
+    Raises ValueError if one of them could not be stored, or if there is none.
+    """
     addresses = recipient if isinstance(recipient, list) else [recipient]
     for address in addresses:
         check_text(address)
-        local, _, domain = address.rpartition("@")
-        if not local or not domain or local.startswith("["):
+        if not address or address.startswith("["):
             raise ValueError(f"{address!r} is not an address (local@domain)")
     if not addresses:
         raise ValueError("there is no recipient")
-    return addresses[0].rpartition("@")[2].lower()
+    return addresses
 
 
 def recipient_text(recipient: str | list[str]) -> str:

@@ -272,7 +272,7 @@ def _new_state(engine: ModuleType, request: RebindRequest, now: float) -> NewSta
 
 
 def _row(new: NewMessage) -> dict[str, Any]:
-    now, domain = time.time(), new.domain or domain_of(new.recipient)
+    now, domain = time.time(), domain_of(new.recipient) if new.domain is None else new.domain
     return {
         "id": new.id,
         "sender": new.sender,

@@ -17,6 +17,7 @@ from typing import Any
 import conftest
 import pytest
 from conftest import (
+    ODD_TEXT,
     PROGRAM,
     Command,
     Flask,
@@ -33,9 +34,11 @@ from conftest import (
 from sqlalchemy import inspect, make_url
 
 from app import create_app
+from deliverylog import MAX_ATTEMPTS
 from event import rebind as rebind_event
 from message import Message
 from queues import QueueRegistry, logger
+from store import FIRST_SECOND, LAST_SECOND
 
 UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 MATCHED = re.compile(rf"(\d+) matched, (\d+) moved, (\d+) flushed(, \d+ left alone)?, rebind ({UUID})\n")
@@ -266,6 +269,40 @@ def test_messages_are_printed_as_they_are_loaded(flask: Flask, queues: QueueRegi
         file.write_text(flask("messages", "--content")[1])
         result = create_app({"DATABASE_URL": copy}).test_cli_runner().invoke(args=["load", str(file)])
         assert (result.exit_code, stored(copy), contents(copy)) == (0, before, held)
+
+
+ODD_MESSAGES: list[dict[str, Any]] = [
+    {"recipient": ["ada@example.com", "bela@example.org"], "content": bytes(range(256))},
+    {"recipient": "Postmaster", "domain": "acme.example", "content": b""},
+    {"recipient": ["ada@example.com", "Postmaster"], "domain": ""},
+    {"domain": "Example.COM:2525", "sender": "", "content": "Grüße\0\r\n".encode()},
+    {"id": ODD_TEXT, "sender": ODD_TEXT, "queue": ODD_TEXT, "meta": {ODD_TEXT: ODD_TEXT, "\n": "\r\n"}},
+    {"meta": {"a": None, "tenant": "", "campaign": 5, "nested": [{}, [1, -2.5, True, None, {"b": 10**30, "c": 1e-7}]]}},
+    {"meta": {"queue": "vip.example"}, "num_attempts": MAX_ATTEMPTS},
+    {"queue": "another.example"},
+    {"queue": ""},
+    {"created": FIRST_SECOND, "due": LAST_SECOND},
+    *(
+        {"created": time, "due": -time}
+        for time in (1764000000.123456, 0.1, 1.267248493012313, 0.600462977323393, 1e-300)
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.sqlite
+def test_a_store_goes_to_the_other_engine_and_back(
+    shell: Flask, queues: QueueRegistry, url: str, postgresql: str, tmp_path: Path
+) -> None:
+    queues.load([message(**fields) for fields in ODD_MESSAGES])
+    before = stored(url), contents(url)
+    loaded = f"{len(ODD_MESSAGES)} messages loaded, 1 of them without content, 0 discarded\n"
+    with new_database(postgresql, tmp_path) as other, new_database(url, tmp_path) as back:
+        for source, target in ((url, other), (other, back)):
+            _, printed, _ = shell("messages", "--content", REBIND_DATABASE_URL=source)
+            assert shell("load", "-", stdin=printed, REBIND_DATABASE_URL=target) == (0, loaded, "")
+            assert (stored(target), contents(target)) == before
+        engine_for(other).dispose()
 
 
 def test_messages_are_picked_soonest_due_first(flask: Flask, queues: QueueRegistry) -> None:
