@@ -7,7 +7,7 @@ help:  ## List these targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-6s %s\n", $$1, $$2 }' Makefile
 
 run: .venv/run  ## Serve on 127.0.0.1:8000. The default store gets sample messages while it is empty.
-	@test -n "$${REBIND_DATABASE_URL+set}" || $(BIN)/flask queues --json | grep -q . \
+	@test -n "$${REBIND_DATABASE_URL+set}" || $(BIN)/flask queues --json 2>/dev/null | grep -q . \
 		|| $(BIN)/python examples/sample.py | $(BIN)/flask load -
 	$(BIN)/gunicorn wsgi:app
 
