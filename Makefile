@@ -12,10 +12,10 @@ run: .venv/run  ## Serve on 127.0.0.1:8000. The default store gets sample messag
 	$(BIN)/gunicorn wsgi:app
 
 check: lint  ## Check style, formatting and types, and run the fast tests.
-	$(BIN)/pytest -m "not slow" -n auto
+	$(BIN)/pytest -m "not slow" -n auto --dist worksteal
 
 test: lint  ## The same with every test. This is what CI runs.
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 bench: .venv/dev  ## Measure the speed, for docs/performance.md. Takes an hour and a half, and 20 GB.
 	$(BIN)/python bench/run.py

@@ -46,6 +46,7 @@ PATIENCE = 30  # seconds: what has not happened by then will not
 MIB = 1024 * 1024
 POSTGRESQL_BIN = Path(os.environ.get("TEST_POSTGRESQL_BIN", POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]))
 ODD_TEXT = "é€\U0001f600 \"\\/\t\x7f\u2028'%:@!"
+STARTING = {"postgresql", "start", "shell", "start_command"}  # fixtures that start programs for one test
 numbers = itertools.count(1)
 bound_sockets: list[socket.socket] = []
 
@@ -76,8 +77,11 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out a test on an engine that it is not marked with."""
+    """Leave out a test on an engine that it is not marked with. What starts programs of its own is slow."""
     items[:] = [item for item in items if _engine_of(item) in (_marked_engines(item) or [_engine_of(item)])]
+    for item in items:
+        if _engine_of(item) == "postgresql" or not STARTING.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
 
 
 def _engine_of(item: pytest.Item) -> str | None:

@@ -543,7 +543,6 @@ def test_what_a_server_says_of_itself_is_for_the_log_alone(caplog: pytest.LogCap
 # Starting
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(2))
 def test_two_services_that_start_at_once_on_an_empty_database_both_come_up(
     url: str, start: Start, tmp_path: Path, attempt: int

@@ -64,7 +64,6 @@ def test_log_refuses_an_after_that_is_no_count(flask: Flask, after: str, reason:
     assert error.splitlines()[-1] == f"Error: Invalid value for '--after': {reason}"
 
 
-@pytest.mark.slow
 @pytest.mark.sqlite
 def test_log_into_a_pipe_that_closes_ends_quietly(start_command: Command, queues: QueueRegistry) -> None:
     queues.load(message() for _ in range(1000))
@@ -96,7 +95,6 @@ def test_log_follows_what_is_written_later_until_ctrl_c(
     assert (process.wait(30), errors.read_text()) == (-signal.SIGINT, "")
 
 
-@pytest.mark.slow
 @pytest.mark.sqlite
 def test_log_follows_from_a_record_that_is_not_there_yet(
     start_command: Command, queues: QueueRegistry, tmp_path: Path
@@ -116,7 +114,6 @@ def test_log_follows_from_a_record_that_is_not_there_yet(
 # wherever they run
 
 
-@pytest.mark.slow
 @pytest.mark.sqlite
 def test_what_is_not_ascii_is_printed_in_the_c_locale(shell: Flask, queues: QueueRegistry) -> None:
     queues.load([message(id="ü", meta={"queue": "bücher.example"})])

@@ -382,7 +382,6 @@ def test_prune_removes_what_is_old(flask: Flask, queues: QueueRegistry, url: str
 COMMANDS = ["queues", "messages", "log", "history", "prune --before 2026-01-01", "rebind --everything --reason r"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_creates_a_store(shell: Flask, url: str, tmp_path: Path, command: str) -> None:
     with new_database(url, tmp_path) as empty:
@@ -416,7 +415,6 @@ def on_a_terminal(start_command: Command, *arguments: str, columns: int) -> str:
     return shown.decode().replace("\r\n", "\n")
 
 
-@pytest.mark.slow
 def test_a_terminal_shows_the_store_and_a_table_that_fits(
     start_command: Command, queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,7 +434,6 @@ def test_a_terminal_shows_the_store_and_a_table_that_fits(
     assert re.search(rf" {rebind_id} .* --set note=…  a test$", history, re.MULTILINE)
 
 
-@pytest.mark.slow
 @pytest.mark.sqlite
 def test_a_terminal_shows_that_an_event_goes_on(start_command: Command, queues: QueueRegistry) -> None:
     queues.load([message()])
@@ -447,7 +444,6 @@ def test_a_terminal_shows_that_an_event_goes_on(start_command: Command, queues: 
     assert "rebinding" not in on_a_terminal(start_command, *ALL, columns=120)
 
 
-@pytest.mark.slow
 @pytest.mark.sqlite
 @pytest.mark.parametrize("command", ["queues", "messages", "log", "history --json"])
 def test_a_full_standard_output_is_one_line_and_a_closed_pipe_is_none(

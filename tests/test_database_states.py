@@ -397,7 +397,6 @@ def pair(new_server: Callable[[], Server], queues: QueueRegistry) -> tuple[Serve
 
 
 @pytest.mark.postgresql
-@pytest.mark.slow
 def test_after_a_failover_the_new_primary_is_used(pair: tuple[Server, Server], start: Start) -> None:
     primary, standby = pair
     hosts = f"{primary.folder},{standby.folder}"
@@ -412,7 +411,6 @@ def test_after_a_failover_the_new_primary_is_used(pair: tuple[Server, Server], s
 
 
 @pytest.mark.postgresql
-@pytest.mark.slow
 def test_on_a_hot_standby_dry_runs_are_done_and_rebinds_are_503_until_it_is_the_primary(
     pair: tuple[Server, Server], start: Start
 ) -> None:
@@ -599,7 +597,6 @@ def fails_with_one_line(command: subprocess.CompletedProcess[str], reason: str) 
     assert re.match(f"(rebind cannot start|Error): {reason}", line), line
 
 
-@pytest.mark.slow
 @pytest.mark.postgresql
 @pytest.mark.parametrize("case", URLS)
 def test_a_database_that_never_can_be_used_ends_the_start_and_any_command_with_one_line(
@@ -614,7 +611,6 @@ def test_a_database_that_never_can_be_used_ends_the_start_and_any_command_with_o
     fails_with_one_line(flask("load", "/dev/null", REBIND_DATABASE_URL=url), reason)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", SETTINGS)
 @pytest.mark.sqlite
 def test_a_wrong_setting_ends_the_start_and_any_command_with_one_line(url: str, start: Start, case: str) -> None:
@@ -626,6 +622,7 @@ def test_a_wrong_setting_ends_the_start_and_any_command_with_one_line(url: str, 
 NOWHERE = "postgresql+psycopg://x@127.0.0.1:1/x"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["queues", "log", "load"])
 def test_a_command_says_once_that_the_database_is_out_of_reach(tmp_path: Path, command: str) -> None:
     arguments = [command, "/dev/null"] if command == "load" else [command]
@@ -633,6 +630,7 @@ def test_a_command_says_once_that_the_database_is_out_of_reach(tmp_path: Path, c
     fails_with_one_line(flask(*arguments, REBIND_DATABASE_URL=NOWHERE), f"{OUT_OF_REACH}: {said}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["queues", "log"])
 def test_a_command_names_the_file_that_is_not_there(tmp_path: Path, command: str) -> None:
     """And does not create it."""
@@ -720,6 +718,7 @@ REPLACED = "the database's file was replaced while it was in use"
 # Who may read the store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [["flask", "load", "/dev/null"], ["gunicorn", "--bind", "unix:socket", "wsgi:app"]],

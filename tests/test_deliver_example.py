@@ -21,6 +21,8 @@ from queues import QueueRegistry
 
 CONTENT = b"Subject: hello\r\n\r\nHello Ada\r\n"
 
+pytestmark = pytest.mark.slow  # each starts a worker of its own
+
 
 class Sink:
     """An SMTP server that refuses recipients by their names, or all of them with `refusal`, and takes the rest."""

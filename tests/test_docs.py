@@ -98,7 +98,6 @@ NOT_RUN = ("make ",)  # it sets up an environment, and then serves until it is s
 
 
 @pytest.mark.sqlite
-@pytest.mark.slow
 @pytest.mark.timeout(LONG)
 @pytest.mark.parametrize("document", ["README.md", "docs/runbook.md"])
 def test_every_command_prints_what_the_document_says(

@@ -315,9 +315,10 @@ def driver_error(url: str) -> Exception:
     return error
 
 
-@pytest.mark.parametrize("for_good", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["once", "for good"])
+@pytest.mark.slow
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
 @pytest.mark.parametrize("memory", [False, True], ids=["operational", "memory"])
-@pytest.mark.parametrize("way", ["data", pytest.param("event", marks=pytest.mark.slow), "undo"])
+@pytest.mark.parametrize("way", ["data", "event", "undo"])
 def test_whichever_statement_fails_nothing_is_changed_and_the_next_rebind_is_done(
     queues: QueueRegistry, url: str, way: str, memory: bool, for_good: bool
 ) -> None:
@@ -440,7 +441,6 @@ def tablespace(url: str, disk: Path) -> Iterator[str]:
         db.execute(text("DROP TABLESPACE small"))
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_503_and_works_again_when_there_is_room(
     small_disk: tuple[str, Path], queues: QueueRegistry, start: Start, tmp_path: Path
 ) -> None:
@@ -506,7 +506,6 @@ def another_process(url: str, *statements: str) -> Iterator[None]:
 LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seconds", ["0.2", "0"])
 def test_a_database_that_another_process_locks_is_503_and_works_again_when_that_is_gone(
     before: Books, url: str, start: Start, seconds: str
@@ -519,7 +518,6 @@ def test_a_database_that_another_process_locks_is_503_and_works_again_when_that_
     works_again(service, url)
 
 
-@pytest.mark.slow
 def test_a_service_that_starts_while_its_database_is_locked_works_when_it_no_longer_is(
     before: Books, url: str, start: Start
 ) -> None:
@@ -697,7 +695,6 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.slow
 @pytest.mark.postgresql
 @pytest.mark.parametrize(("lost", "left"), [("request", "nothing"), ("answer", "done")])
 def test_where_the_connection_is_lost_at_the_commit_the_answer_says_that_it_may_have_been_done(
@@ -764,7 +761,6 @@ def damaged(queues: QueueRegistry, tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", ["second half", "schema", "messages", "messages_queue_due"])
 @pytest.mark.sqlite
 def test_a_damaged_database_stops_gunicorn_with_one_line_that_says_so(
@@ -779,7 +775,6 @@ def test_a_damaged_database_stops_gunicorn_with_one_line_that_says_so(
     assert file.read_bytes() == content
 
 
-@pytest.mark.slow
 @pytest.mark.sqlite
 def test_a_damaged_log_is_told_by_the_answer_and_leaves_the_messages_where_they_are(
     damaged: Callable[[str], Path], start: Start

@@ -137,7 +137,6 @@ def test_a_worker_hears_a_signal_to_stop_from_the_moment_that_it_is_forked(start
         seen |= forked
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGQUIT], ids=lambda stop: stop.name)
 def test_a_worker_ends_at_once_while_clients_keep_coming(start: Start, stop: signal.Signals) -> None:
     service, ended = start(), threading.Event()
@@ -161,6 +160,7 @@ def test_a_worker_ends_at_once_while_clients_keep_coming(start: Start, stop: sig
     assert [each.result() for each in coming] == [None] * 4
 
 
+@pytest.mark.slow
 def test_rebinds_that_wait_leave_threads_for_others_and_one_too_many_is_refused_at_once(
     queues: QueueRegistry, url: str, tmp_path: Path
 ) -> None:
@@ -197,6 +197,7 @@ UNREAD: dict[str, tuple[int, str, str, dict[str, str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "method", "path", "headers"), UNREAD.values(), ids=UNREAD)
 @pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "chunked"])
 def test_a_refusal_reaches_a_client_that_sends_first_and_reads_then(

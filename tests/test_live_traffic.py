@@ -73,7 +73,6 @@ class Asked:
         return int(self.answer["Matched"])
 
 
-@pytest.mark.slow
 def test_the_ledger_is_exact_while_messages_come_and_go_and_operators_retry_and_undo(
     service: Service, queues: QueueRegistry, url: str, start: Start
 ) -> None:
@@ -367,7 +366,6 @@ def test_a_connection_that_was_cut_while_nobody_used_it_is_replaced(queues: Queu
     assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_service_that_starts_before_its_database_answers_503_until_that_is_there(start: Start) -> None:
     with TemporaryDirectory() as folder:

@@ -124,7 +124,6 @@ def connections(url: str) -> int:
         return int(db.exec_driver_sql(count).scalar_one())
 
 
-@pytest.mark.slow
 def test_under_load_every_answer_is_right_and_nothing_leaks(
     queues: QueueRegistry, start: Start, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -457,7 +457,6 @@ def test_a_full_disk_is_an_error_of_one_line(start_command: Command, url: str, f
 # Locks
 
 
-@pytest.mark.slow
 def test_no_lock_is_held_while_messages_are_read(start_command: Command, queues: QueueRegistry, url: str) -> None:
     process = start_command("load", "-", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
@@ -478,7 +477,6 @@ def test_a_wrong_file_is_refused_while_the_store_is_locked(load: Load, url: str)
         assert load(text) == refused(f"FILE:{BATCH + 1}: id: Not a valid string.")
 
 
-@pytest.mark.slow
 @pytest.mark.sqlite
 def test_ctrl_c_loads_nothing(start_command: Command, url: str) -> None:
     process = start_command("load", "-", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -537,7 +535,6 @@ def read_terminal(terminal: int) -> bytes:
         return b""
 
 
-@pytest.mark.slow
 @pytest.mark.sqlite
 def test_a_terminal_shows_that_files_are_loaded_and_how_much_of_them(start_command: Command, tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("one", "two")]
@@ -549,7 +546,6 @@ def test_a_terminal_shows_that_files_are_loaded_and_how_much_of_them(start_comma
     assert "100%" in shown
 
 
-@pytest.mark.slow
 @pytest.mark.sqlite
 def test_a_terminal_shows_that_a_pipe_is_loaded(start_command: Command) -> None:
     output, shown = on_a_terminal(start_command, "load", "-", stdin=line().encode())
@@ -558,7 +554,6 @@ def test_a_terminal_shows_that_a_pipe_is_loaded(start_command: Command) -> None:
     assert "%" not in shown, "nobody knows how much will come"
 
 
-@pytest.mark.slow
 @pytest.mark.sqlite
 @pytest.mark.parametrize(
     ("contents", "reason"),
