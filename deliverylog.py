@@ -63,7 +63,8 @@ def _ends(db: Connection, rebind_id: str) -> tuple[str, int, int]:
     ends = select(rebinds.c.rebind_id, rebinds.c.first_key, rebinds.c.last_key).where(rebinds.c.rebind_id == rebind_id)
     if (found := db.execute(ends).one_or_none()) is None:
         raise UnknownRebind(f"the history has no rebind {rebind_id}")
-    return found._tuple()
+    first_key, last_key = found[1:]
+    return rebind_id, first_key, last_key
 
 
 def records(

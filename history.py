@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import ColumnElement, Connection, func, insert, select
 
 from message import Changes, Message, from_json, recipient_of, to_json
-from moving import Plan, Row, Selection, in_place, of_rebind
+from moving import Plan, Row, in_place, of_rebind
 from names import ALL_QUEUES, Criteria
 from store import LAST_SECOND, Database, log, messages, rebinds
 
@@ -189,11 +189,13 @@ def rebinds_done(database: Database, since: float | None, limit: int | None) -> 
 class Undo:
     """What an undo finds: the messages that are still where the first rebind left them."""
 
-    found: Selection
+    found: ColumnElement[bool]
     left: int
     """How many messages of the first rebind are not."""
     shared: Changes
     """What the first rebind changed of every message, unless a record says what it changed of its own."""
+    keys: tuple[str, ...] | None
+    """The keys that it set and removed, the same of every message; None if each record has its own."""
 
 
 def undoable(db: Connection, rebind_id: str) -> Undo:
@@ -209,7 +211,8 @@ def undoable(db: Connection, rebind_id: str) -> Undo:
     records, there = db.execute(counts).one()
     if not records:
         raise NothingToUndo(f"the rebind {rebind_id} wrote no records, or they have been pruned")
-    return Undo(Selection(in_place(*ends), of_records=True), records - there, shared_changes(first.request))
+    shared, own = shared_changes(first.request), first.request.keys() & {"trigger_rebind_event", "undo"}
+    return Undo(in_place(*ends), records - there, shared, None if own else (*shared["data"], *shared["unset"]))
 
 
 def _is_pruned(db: Connection, rebind_id: str) -> bool:
@@ -222,8 +225,8 @@ def _is_pruned(db: Connection, rebind_id: str) -> bool:
     return made.version == 7 and (made.int >> 80) / 1000 < (time.time() if oldest is None else oldest)
 
 
-def restore(message: Message, record: Row, shared: Changes) -> None:
-    """Give a message back what a rebind changed of it: the keys, and the envelope if it is still as the rebind left it.
+def restored(message: Message, record: Row, shared: Changes) -> Changes:
+    """What gives a message back what a rebind changed of it: the keys, and the envelope if nobody changed that since.
 
     A worker may have delivered to some of the recipients since; those must not get the message twice.
     record: its RECORD_COLUMNS.
@@ -231,15 +234,15 @@ def restore(message: Message, record: Row, shared: Changes) -> None:
     sender, recipient, meta, own = record
     changed: Changes = from_json(own) if own is not None else shared
     before = from_json(meta)
-    for key in (*changed.get("data", {}), *changed.get("unset", [])):
-        if key in before:
-            message.meta[key] = before[key]
-        else:
-            message.meta.pop(key, None)
+    keys = [*changed.get("data", {}), *changed.get("unset", [])]
+    found = Changes(
+        data={key: before[key] for key in keys if key in before}, unset=[key for key in keys if key not in before]
+    )
     if "sender" in changed and message.sender == changed["sender"]:
-        message.sender = sender
+        found["sender"] = sender
     if "recipient" in changed and message.recipient == changed["recipient"]:
-        message.recipient = recipient_of(recipient)
+        found["recipient"] = recipient_of(recipient)
+    return found
 
 
 def shared_changes(asked: dict[str, Any]) -> Changes:

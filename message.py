@@ -62,50 +62,42 @@ class Changes(TypedDict, total=False):
     data: dict[str, Any]
     """The metadata that was set."""
     unset: list[str]
-    """The keys that were removed."""
+    """The keys that were removed, before `data` was set."""
     sender: str
     recipient: str | list[str]
 
 
-def changes(before: Message, after: Message, checked: bool = False) -> Changes:
+def changes(before: Message, after: Message) -> Changes:
     """What differs between two states of a message.
 
-    checked: what is new was stored before, as with an undo. Otherwise sender and metadata are checked for whether they
-        can be stored. A new recipient is not checked.
-    Raises TypeError and ValueError.
+    Raises TypeError and ValueError if the new sender or metadata cannot be stored. A new recipient is not checked.
     """
     if not isinstance(after.meta, dict):
         raise TypeError("meta must be a dict")
     found = Changes()
     old = before.meta
     # Most values are the same objects still: that is told at once.
-    data = {k: v for k, v in after.meta.items() if old.get(k, _MISSING) is not v and not _is_same(old, k, v)}
+    data = {k: v for k, v in after.meta.items() if old.get(k, ...) is not v and not is_same(old.get(k, ...), v)}
     if data:
-        if not checked:
-            check_json(data)
+        check_json(data)
         if {*map(type, data.values())} != {str}:
             data = from_json(to_json(data))  # plain types, whatever classes a handler used
         found["data"] = data
     if unset := [key for key in old if key not in after.meta]:
         found["unset"] = unset
     if after.sender != before.sender:
-        if not checked:
-            check_text(after.sender)
+        check_text(after.sender)
         found["sender"] = after.sender
     if after.recipient != before.recipient:
         found["recipient"] = recipient_of(recipient_text(after.recipient))  # a list of one is stored as an address
     return found
 
 
-_MISSING = object()
-
-
-def _is_same(meta: dict[str, Any], key: str, value: Any) -> bool:
-    if key not in meta or type(meta[key]) is not type(value):
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two values are the same JSON. In Python, [1] == [True]."""
+    if type(one) is not type(other):
         return False
-    if isinstance(value, dict | list):
-        return to_json(meta[key]) == to_json(value)  # in Python [1] == [True]
-    return bool(meta[key] == value)
+    return to_json(one) == to_json(other) if isinstance(one, dict | list) else bool(one == other)
 
 
 def changed_meta(meta: dict[str, Any], changes: Changes) -> dict[str, Any]:

@@ -4,8 +4,9 @@ An engine offers two ways to change messages: `update_all` changes them by SQL a
 `update_each` streams them through Python in batches.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import (
@@ -34,6 +35,7 @@ READ_AHEAD = 50  # messages that SQLite reads at once: each may have a megabyte 
 MAX_BATCH = 2**22  # characters of their metadata, or bytes of their contents
 FIRST_ROWS = 16  # that are read, while nobody knows how large they are
 MAX_MOVES = 100  # entries of a plan
+MAX_KEYS = 30  # that are restored by SQL
 
 Row = Sequence[Any]
 Values = Mapping[str, Any]
@@ -65,7 +67,9 @@ class Selection:
     where: ColumnElement[bool]
     limit: int | None = None
     of_records: bool = False
-    """Each message comes with a record of it, which `where` picks too. A limit is then only an order."""
+    """Each message comes with a record of it, which `where` picks too."""
+    skips: bool = False
+    """Python may leave some out: the limit is only an order."""
     are_most: bool = False
     """SQLite: they are most of all messages, which its planner does not know."""
 
@@ -81,7 +85,7 @@ class Selection:
             found = found.with_hint(messages, "NOT INDEXED", "sqlite")  # a scan is faster than random access
         if self.limit is not None:
             found = found.order_by(messages.c.due, messages.c.id)
-        return found if self.of_records else found.limit(self.limit)
+        return found if self.skips else found.limit(self.limit)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,13 @@ class NewState:
     """All are due now, not only those that move."""
     renames: bool
     """A naming key is set or removed, so that most messages will move."""
+    restored: tuple[str, ...] = ()
+    """The keys that get back what they were when a message's record was written: its new record says so."""
+
+    @property
+    def differs(self) -> ColumnElement[bool]:
+        """Whether a message is not as it was yet."""
+        return messages.c.meta != self.meta
 
     def values(self, moves: bool = True) -> dict[str, Any]:
         """What to set, by column. `moves`: whether any message moves."""
@@ -150,14 +161,21 @@ class Plan(NamedTuple):
     """How many entries were left out."""
 
 
-def plan(db: Connection, found: Selection, new_queue: ColumnElement[str], octets: Any) -> Plan:
-    """What would become of the messages if they were renamed so.
+def fit_in_sql(keys: Sequence[str]) -> bool:
+    """Whether SQL can restore these keys: some that need no quoting, and not too many for a function of SQLite."""
+    return len(keys) <= MAX_KEYS and all(re.fullmatch("[A-Za-z0-9_-]{1,100}", key) for key in keys)
+
+
+def plan(db: Connection, found: Selection, new: NewState, octets: Any) -> Plan:
+    """What would become of the messages.
 
     octets: the engine's expression for the length of a text in bytes.
     Raises StoreRefused if the tables would refuse a name.
     """
     # OFFSET 0 keeps the planner from evaluating the new name at each place that uses it.
-    each = found.select(messages.c.queue, new_queue.label("to")).offset(literal_column("0")).subquery()
+    if new.restored:
+        found = replace(found, where=found.where & new.differs)
+    each = found.select(messages.c.queue, new.queue.label("to")).offset(literal_column("0")).subquery()
     pairs = select(each.c.queue, each.c.to, func.count().label("n")).group_by(each.c.queue, each.c.to).subquery()
     moved = func.sum(pairs.c.n).filter(pairs.c.queue != pairs.c.to)
     totals = (func.count(), func.sum(pairs.c.n), moved, func.max(octets(pairs.c.to)))

@@ -112,25 +112,27 @@ def queue_name(meta: Mapping[str, Any], domain: str) -> str:
     return _built(component("campaign"), component("tenant"), domain, component("routing_domain"))
 
 
-MetaText = Callable[[str], ColumnElement[str]]
-"""An engine's expression for the string at a key of a message's metadata, NULL if there is none."""
+MetaText = Callable[[str, str], ColumnElement[str]]
+"""An engine's expression for the string at a key of the column `meta` of a table, NULL if there is none."""
+FromMeta = Callable[[Callable[[MetaText], ColumnElement[str]], bool], ColumnElement[str]]
+"""An engine's way to build an expression that reads metadata: a message's, and if the flag says so, its record's."""
 
 
 def new_name(
-    from_meta: Callable[[Callable[[MetaText], ColumnElement[str]]], ColumnElement[str]],
-    data: Mapping[str, str],
-    unset: Collection[str],
+    from_meta: FromMeta, data: Mapping[str, str], unset: Collection[str] = (), restored: Collection[str] = ()
 ) -> ColumnElement[str]:
-    """`queue_name` in SQL, for each message with `data` set and the keys `unset` removed.
+    """`queue_name` in SQL, for each message with `data` set, and the keys `unset` removed.
 
-    from_meta: the engine's way to build an expression that reads the metadata.
+    restored: the keys that get back what they were when its record was written.
     """
 
     def built(meta_text: MetaText) -> ColumnElement[str]:
         def component(key: str) -> ColumnElement[str]:
             if key in data:
                 return literal(data[key], Text)
-            return cast(null(), Text) if key in unset else meta_text(key)
+            if key in unset:
+                return cast(null(), Text)
+            return meta_text("log" if key in restored else "messages", key)
 
         campaign, tenant, routing_domain = component("campaign"), component("tenant"), component("routing_domain")
         # NULL || x is NULL, so coalesce picks the first prefix whose components are all set.
@@ -138,4 +140,4 @@ def new_name(
         name = prefix + messages.c.domain + func.coalesce("!" + routing_domain, "", type_=Text)
         return func.coalesce(component("queue"), name, type_=Text)
 
-    return literal(data["queue"], Text) if "queue" in data else from_meta(built)
+    return literal(data["queue"], Text) if "queue" in data else from_meta(built, bool(restored))

@@ -6,6 +6,7 @@ sqlite.py has the same functions. queues.py chooses one of the two modules when 
 import re
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -19,6 +20,7 @@ from sqlalchemy import (
     Select,
     Text,
     Update,
+    and_,
     bindparam,
     cast,
     column,
@@ -182,7 +184,7 @@ def octets(value: ColumnElement[str]) -> ColumnElement[int]:
 
 def in_queues(names: Sequence[str]) -> ColumnElement[Any]:
     """Whether a message is in one of the queues; the names, however many, are one parameter."""
-    return messages.c.queue == func.any(bindparam("queues", names, ARRAY(Text)))
+    return messages.c.queue == _any_of(names)
 
 
 def following(name: ColumnElement[str]) -> ColumnElement[str]:
@@ -190,12 +192,12 @@ def following(name: ColumnElement[str]) -> ColumnElement[str]:
     return name + func.chr(1)
 
 
-def from_meta(build: Callable[[MetaText], ColumnElement[str]]) -> ColumnElement[str]:
-    """What `build` makes of an expression for the string at a key of a message's metadata."""
+def from_meta(build: Callable[[MetaText], ColumnElement[str]], with_record: bool) -> ColumnElement[str]:
+    """What `build` makes of an expression for the string at a key of a message's metadata, or of its record's."""
 
-    def meta_text(key: str) -> ColumnElement[str]:
-        value = f"messages.meta -> '{key}'"
-        return literal_column(f"CASE jsonb_typeof({value}) WHEN 'string' THEN messages.meta ->> '{key}' END", Text)
+    def meta_text(table: str, key: str) -> ColumnElement[str]:
+        value = f"{table}.meta -> '{key}'"
+        return literal_column(f"CASE jsonb_typeof({value}) WHEN 'string' THEN {table}.meta ->> '{key}' END", Text)
 
     return build(meta_text)
 
@@ -206,6 +208,27 @@ def merge(data: Mapping[str, str], unset: Collection[str]) -> ColumnElement[Any]
     if unset:
         meta = meta.op("-", return_type=JSONB())(literal(list(unset), ARRAY(Text)))
     return meta.op("||", return_type=JSONB())(literal(data, JSONB)) if data else meta
+
+
+def restored(keys: Sequence[str]) -> ColumnElement[Any]:
+    """A message's metadata with these keys as they were when its record was written."""
+    return merge({}, keys).op("||", return_type=JSONB())(_part(log.c.meta, keys))
+
+
+def _part(meta: ColumnElement[Any], keys: Sequence[str]) -> ColumnElement[Any]:
+    """These keys of some metadata."""
+    each = func.jsonb_each(meta).table_valued("key", "value", name="each")
+    part = select(func.jsonb_object_agg(each.c.key, each.c.value)).where(each.c.key == _any_of(keys))
+    return func.coalesce(part.scalar_subquery(), literal({}, JSONB))
+
+
+def _changes(meta: ColumnElement[Any], keys: Sequence[str]) -> ColumnElement[Any]:
+    """What a record says of these keys of the new metadata: message.Changes, as JSON."""
+    return func.jsonb_build_object("unset", literal(list(keys), JSONB), "data", _part(meta, keys))
+
+
+def _any_of(texts: Sequence[str]) -> ColumnElement[Any]:
+    return func.any(literal(list(texts), ARRAY(Text)))
 
 
 def select_from(db: Connection, found: Selection) -> Selection:
@@ -222,16 +245,19 @@ def update_all(db: Connection, found: Selection, new: NewState, rebind_id: str |
     rebind_id: for the record of each; None to write no records.
     Returns how many there were, and how many moved.
     """
-    where = found.where
+    if new.restored:
+        found = replace(found, where=found.where & new.differs)
+    where = and_(found.where, messages.c.id == log.c.id) if found.of_records else found.where
     old: dict[str, ColumnElement[Any]] = {n: literal_column(f"old.{n}", messages.c[n].type) for n in ("queue", "meta")}
     if found.limit is not None or not _returns_old(db):
-        locked = found.select(messages.c.id, messages.c.queue, messages.c.meta).with_for_update(
-            key_share=True, of=messages
-        )
-        before = locked.cte("locked")
+        keys = [log.c.key] if found.of_records else []
+        locked = found.select(messages.c.id, messages.c.queue, messages.c.meta, *keys)
+        before = locked.with_for_update(key_share=True, of=messages).cte("locked")
         where, old = messages.c.id == before.c.id, {"queue": before.c.queue, "meta": before.c.meta}
+        if found.of_records:
+            where &= log.c.key == before.c.key
     values = new.values() or {"meta": messages.c.meta}
-    returned = [messages.c[name] for name in (*BEFORE[:-1], "queue")]
+    returned = [*(messages.c[name] for name in (*BEFORE[:-1], "queue")), messages.c.meta.label("new_meta")]
     changed: CTE = (
         update(messages)
         .where(where)
@@ -243,6 +269,8 @@ def update_all(db: Connection, found: Selection, new: NewState, rebind_id: str |
     counts = select(func.count(), moved).select_from(changed)
     if rebind_id is not None:
         columns = record_columns(rebind_id, changed.c, changed.c.queue, changed.c.old_queue)
+        if new.restored:
+            columns["changes"] = _changes(changed.c.new_meta, new.restored)
         counts = counts.add_cte(insert(log).from_select(list(columns), select(*columns.values())).cte("records"))
     matched, moving = db.execute(counts).one()
     return matched, moving

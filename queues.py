@@ -25,7 +25,7 @@ import sqlite
 from deliverylog import EVERY_RECORD, LogFilter, Pruned
 from history import RebindRequest, RebindResult
 from message import NewMessage, domain_of
-from moving import READ_AHEAD, NewState, Row, Selection, batches, plan
+from moving import READ_AHEAD, NewState, Row, Selection, batches, fit_in_sql, plan
 from names import ALL_QUEUES, DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
 from store import Database, StoreConflict, StoreUnusable, contents, messages
 from streaming import Stream, handled, restored
@@ -118,12 +118,12 @@ class QueueRegistry:
                 return done
             now, first_key = time.time(), engine.last_key(db) + 1
             recorded = None if request.suppress_logging else rebind_id
-            found, left, stream = _work(engine, db, request, now, progress)
-            if stream:
-                engine.update_each(db, found, stream, recorded)
-                matched, moved = stream.matched, stream.moved
+            found, left, change = _work(engine, db, request, now, progress)
+            if isinstance(change, Stream):
+                engine.update_each(db, found, change, recorded)
+                matched, moved = change.matched, change.moved
             else:
-                matched, moved = engine.update_all(db, found, _new_state(engine, request, now), recorded)
+                matched, moved = engine.update_all(db, found, change, recorded)
             flushed = matched if request.always_flush else moved
             result = RebindResult(matched, moved, flushed, left, rebind_id)
             history.keep(db, request, result, now, (first_key, engine.last_key(db)))
@@ -132,14 +132,14 @@ class QueueRegistry:
     def _rehearse(self, db: Connection, request: RebindRequest, progress: Callable[[], None]) -> RebindResult:
         """Plan a rebind."""
         engine, now = self.database.engine, time.time()
-        found, left, stream = _work(engine, db, request, now, progress)
-        if stream:
+        found, left, change = _work(engine, db, request, now, progress)
+        if isinstance(change, Stream):
             with closing(engine.rows(db, found)) as rows:
-                for _ in stream(rows):
+                for _ in change(rows):
                     pass
-            planned = stream.plan()
+            planned = change.plan()
         else:
-            planned = plan(db, found, _new_state(engine, request, now).queue, engine.octets)
+            planned = plan(db, found, change, engine.octets)
         flushed = planned.matched if request.always_flush else planned.moved
         return RebindResult(planned.matched, planned.moved, flushed, left, plan=planned)
 
@@ -241,23 +241,29 @@ def _matching(engine: ModuleType, db: Connection, criteria: Criteria) -> ColumnE
 
 def _work(
     engine: ModuleType, db: Connection, request: RebindRequest, now: float, progress: Callable[[], None]
-) -> tuple[Selection, int | None, Stream | None]:
-    """Which messages to handle; of an undo, how many are left alone; and the stream that handles them, if any."""
+) -> tuple[Selection, int | None, NewState | Stream]:
+    """Which messages to handle; of an undo, how many are left alone; and what becomes of each message."""
     matching = _matching(engine, db, request.criteria)
-    left, stream = None, None
+    left = None
+    change: NewState | Stream
     if request.undo is not None:
         undo = history.undoable(db, request.undo)
-        found, left = Selection(undo.found.where & matching, request.limit, of_records=True), undo.left
-        stream = Stream(request, now, progress, partial(restored, undo.shared))
+        matching, left = matching & undo.found, undo.left
+        if undo.keys and fit_in_sql(undo.keys):
+            change = _state_before(engine, request, undo.keys, now)
+            found = Selection(matching, request.limit, of_records=True)
+        else:
+            change = Stream(request, now, progress, partial(restored, undo.shared))
+            found = Selection(matching, request.limit, of_records=True, skips=True)
     elif request.trigger_rebind_event:
         found = Selection(matching, request.limit)
-        stream = Stream(request, now, progress, partial(handled, event.connected(), request.data))
+        change = Stream(request, now, progress, partial(handled, event.connected(), request.data))
     else:
-        new = _new_state(engine, request, now)
-        if request.limit is not None and new.renames:
-            matching &= messages.c.queue != new.queue  # so that the same request moves the next ones
+        change = _new_state(engine, request, now)
+        if request.limit is not None and change.renames:
+            matching &= messages.c.queue != change.queue  # so that the same request moves the next ones
         found = Selection(matching, request.limit)
-    return engine.select_from(db, found), left, stream
+    return engine.select_from(db, found), left, change
 
 
 def _new_state(engine: ModuleType, request: RebindRequest, now: float) -> NewState:
@@ -268,6 +274,18 @@ def _new_state(engine: ModuleType, request: RebindRequest, now: float) -> NewSta
         now=now,
         flush=request.always_flush,
         renames=not {*request.data, *request.unset}.isdisjoint(NAMING_KEYS),
+    )
+
+
+def _state_before(engine: ModuleType, request: RebindRequest, keys: tuple[str, ...], now: float) -> NewState:
+    """What the undo of a rebind by data makes of each message: these keys are what they were before."""
+    return NewState(
+        queue=new_name(engine.from_meta, {}, restored=keys),
+        meta=engine.restored(keys),
+        now=now,
+        flush=request.always_flush,
+        renames=True,
+        restored=keys,
     )
 
 

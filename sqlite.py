@@ -261,30 +261,58 @@ def following(name: ColumnElement[str]) -> ColumnElement[str]:
 
 
 # SQLite before 3.45 compares keys as they are written: "\\u0074enant" would not be `tenant`.
-_ESCAPED = "instr(messages.meta, '\\')"
-_PLAIN = "CAST(plain_keys(CAST(messages.meta AS BLOB)) AS TEXT)"
+def _is_escaped(table: str) -> str:
+    return f"instr({table}.meta, '\\') > 0"
 
 
-def from_meta(build: Callable[[MetaText], ColumnElement[str]]) -> ColumnElement[str]:
-    """What `build` makes of an expression for the string at a key of a message's metadata."""
+def _unescaped(table: str) -> str:
+    return f"CAST(plain_keys(CAST({table}.meta AS BLOB)) AS TEXT)"
 
-    def text_in(meta: str) -> ColumnElement[str]:
-        def meta_text(key: str) -> ColumnElement[str]:
+
+def _plain_meta(table: str) -> str:
+    return f"CASE WHEN {_is_escaped(table)} THEN {_unescaped(table)} ELSE {table}.meta END"
+
+
+def from_meta(build: Callable[[MetaText], ColumnElement[str]], with_record: bool) -> ColumnElement[str]:
+    """What `build` makes of an expression for the string at a key of a message's metadata, or of its record's."""
+
+    def text_in(meta: Callable[[str], str]) -> ColumnElement[str]:
+        def meta_text(table: str, key: str) -> ColumnElement[str]:
             path = f"'$.{key}'"  # as a parameter it would be parsed for each message
-            found = f"json_extract({meta}, {path})"
-            return literal_column(f"CASE json_type({meta}, {path}) WHEN 'text' THEN {found} END", Text)
+            found = f"json_extract({meta(table)}, {path})"
+            return literal_column(f"CASE json_type({meta(table)}, {path}) WHEN 'text' THEN {found} END", Text)
 
         return build(meta_text)
 
-    return case((literal_column(_ESCAPED) > 0, text_in(_PLAIN)), else_=text_in("messages.meta"))
+    # Whether keys are escaped is asked once per message, and not for each key.
+    escaped = f"{_is_escaped('messages')} OR {_is_escaped('log')}" if with_record else _is_escaped("messages")
+    return case((literal_column(escaped), text_in(_unescaped)), else_=text_in("{}.meta".format))
 
 
 def merge(data: Mapping[str, str], unset: Collection[str]) -> ColumnElement[Any]:
     """A message's metadata with every key of `data` set and the keys `unset` removed."""
     # RFC 7396: a patch whose values are strings sets each key, and null removes it.
     patch = literal(to_json({**data, **dict.fromkeys(unset)}), Text)
-    meta: ColumnElement[str] = literal_column(f"CASE WHEN {_ESCAPED} THEN {_PLAIN} ELSE messages.meta END")
-    return func.json_patch(meta, patch, type_=messages.c.meta.type)
+    return func.json_patch(literal_column(_plain_meta("messages")), patch, type_=messages.c.meta.type)
+
+
+def restored(keys: Sequence[str]) -> ColumnElement[Any]:
+    """A message's metadata with these keys as they were when its record was written."""
+    now, before = _plain_meta("messages"), _plain_meta("log")
+    paths = [f"'$.\"{key}\"'" for key in keys]
+    values = [f"{path}, json({before} -> {path})" for path in paths]
+    # `$[0]` removes nothing of an object.
+    missing = [f"CASE WHEN json_type({before}, {path}) IS NULL THEN {path} ELSE '$[0]' END" for path in paths]
+    every = ", ".join(missing)
+    return literal_column(f"json_remove(json_set({now}, {', '.join(values)}), {every})", messages.c.meta.type)
+
+
+def _changes(keys: Sequence[str]) -> ColumnElement[str]:
+    """What a record says of these keys of the new metadata: message.Changes, as JSON."""
+    members = (f"coalesce(',\"{key}\":' || (new.meta -> '$.\"{key}\"'), '')" for key in keys)
+    return literal_column(
+        f"""'{{"unset":{to_json(keys)},"data":{{' || ltrim({" || ".join(members)}, ',') || '}}}}'""", Text
+    )
 
 
 def select_from(db: Connection, found: Selection) -> Selection:
@@ -303,28 +331,43 @@ def update_all(db: Connection, found: Selection, new: NewState, rebind_id: str |
     rebind_id: for the record of each; None to write no records.
     Returns how many there were, and how many moved.
     """
-    before, moved = last_key(db), None
+    before, moved, where = last_key(db), None, found.where
+    if new.restored:
+        where, new = _restoring(found, new)
+    elif found.limit is not None or not found.are_most:
+        where = _rowid.in_(found.select(_rowid))
     if not (new.renames and rebind_id):
         # To set `queue` and `due` to what they are costs as much as to change them, because of their index.
-        each = found.select(messages.c.queue, new.queue.label("to")).subquery()
+        each = select(messages.c.queue, new.queue.label("to")).where(where).subquery()
         moved = _count(db, select(each).where(each.c.queue != each.c.to))
     values: dict[str, Any] = new.values(moves=moved != 0) or {"meta": messages.c.meta}  # written for its record
-    statement = update(messages).values(values)
-    if found.are_most and found.limit is None:
-        statement = statement.where(found.where).with_hint("NOT INDEXED", dialect_name="sqlite")
-    else:
-        statement = statement.where(_rowid.in_(found.select(_rowid)))
-    with _recorded(db, rebind_id, values), _index_rebuilt(db, found.are_most and "due" in values):
+    statement = update(messages).values(values).where(where)
+    if where is found.where:
+        statement = statement.with_hint("NOT INDEXED", dialect_name="sqlite")
+    with _recorded(db, rebind_id, values, new.restored), _index_rebuilt(db, found.are_most and "due" in values):
         changed: CursorResult[Any] = db.execute(statement)
     if moved is None:
         moved = _count(db, select(log.c.key).where(log.c.key > before, log.c.queue != log.c.old_queue))
     return changed.rowcount, moved
 
 
+def _restoring(found: Selection, new: NewState) -> tuple[ColumnElement[bool], NewState]:
+    """Which messages to change, and their new state, which is computed once for each before the first one changes."""
+    if found.limit is not None:
+        found = replace(found, where=found.where & new.differs)
+    meta: Any = new.meta
+    each = found.select(_rowid.label("at"), new.queue.label("to"), meta.label("restored")).offset(0).subquery("each")
+    new = replace(new, queue=each.c.to, meta=each.c.restored)
+    return (_rowid == each.c.at) & new.differs, new
+
+
 @contextmanager
-def _recorded(db: Connection, rebind_id: str | None, changed: Mapping[str, Any]) -> Iterator[None]:
+def _recorded(
+    db: Connection, rebind_id: str | None, changed: Mapping[str, Any], restored: Sequence[str]
+) -> Iterator[None]:
     """Write a record of each message whose columns `changed` are set.
 
+    restored: the keys of which a record says what they are now.
     A site's own trigger that sets other columns causes none.
     """
     if rebind_id is None:
@@ -332,6 +375,8 @@ def _recorded(db: Connection, rebind_id: str | None, changed: Mapping[str, Any])
         return
     old: Any = {name: literal_column(f"old.{name}") for name in [*BEFORE, "queue"]}
     columns = record_columns(rebind_id, old, literal_column("new.queue"), old["queue"])
+    if restored:
+        columns["changes"] = _changes(restored)
     # A trigger has no parameters: SQLAlchemy quotes what it writes.
     insertion = insert(log).values(columns).compile(db, compile_kwargs={"literal_binds": True})
     on = f"UPDATE OF {', '.join(changed)} ON main.messages"

@@ -11,7 +11,7 @@ from typing import Any
 import event
 import history
 from history import RebindRequest
-from message import Changes, Message, changed_meta, changes, domain_of, from_json, recipient_of, recipient_text, to_json
+from message import Changes, Message, changed_meta, domain_of, from_json, is_same, recipient_of, recipient_text, to_json
 from moving import MAX_MOVES, Move, Plan, Row, Update
 from names import queue_name
 from store import MAX_NAME, TOO_LONG, StoreRefused
@@ -25,7 +25,7 @@ class Stream:
         request: RebindRequest,
         now: float,
         progress: Callable[[], None],
-        change: Callable[[Message, Message, Row], Changes],
+        change: Callable[[Message, Row], Changes],
     ) -> None:
         self._request, self._now, self._progress, self._change = request, now, progress, change
         self.matched = self.moved = 0
@@ -47,23 +47,21 @@ class Stream:
 
     def _update(self, row: Row) -> Update | None:
         """What becomes of one message; None if an undo finds it as it was. Raises HandlerFailed and StoreRefused."""
-        sender, recipient, meta, *fields, domain, at = row[:11]
-        id, old_queue, _, _, due, _ = fields
+        sender, recipient, meta, id, old_queue, _, _, due, _, domain, at = row[:11]
         before = read_message(row)
-        only_strings = {*map(type, before.meta.values())} <= {str}  # which no handler can change
-        message = read_message(row, before.meta.copy() if only_strings else None)
-        changed = self._change(before, message, row[11:])
-        if changed:
-            new = changed_meta(before.meta, changed)
-            if "data" in changed or "unset" in changed:
-                meta = to_json(new)
-            if "recipient" in changed:
-                recipient = recipient_text(message.recipient)
-                with suppress(ValueError):  # an undo may restore `Postmaster`, without a domain (RFC 5321, 4.5.1)
-                    domain = domain_of(message.recipient)
-        queue = queue_name(before.meta if not changed else new, domain)
-        if self._request.undo and not changed and queue == old_queue:
+        changed = self._change(before, row)
+        new_meta = before.meta
+        if "data" in changed or "unset" in changed:
+            new_meta = changed_meta(before.meta, changed)
+            meta = to_json(new_meta)
+        if "recipient" in changed:
+            recipient = recipient_text(changed["recipient"])
+            with suppress(ValueError):  # an undo may restore `Postmaster`, without a domain (RFC 5321, 4.5.1)
+                domain = domain_of(changed["recipient"])
+        envelope_stays = "sender" not in changed and "recipient" not in changed
+        if self._request.undo and envelope_stays and is_same(new_meta, before.meta):
             return None
+        queue = queue_name(new_meta, domain)
         try:
             size, _ = len(queue.encode()), f"{sender}{recipient}{domain}{meta}".encode()
         except UnicodeEncodeError as error:  # SQLite kept it
@@ -81,20 +79,19 @@ class Stream:
         return Plan(self.matched, self.moved, moves, len(largest) - len(moves))
 
 
-def handled(
-    handlers: list[event.Handler], data: dict[str, str], before: Message, message: Message, _record: Row
-) -> Changes:
+def handled(handlers: list[event.Handler], data: dict[str, str], before: Message, row: Row) -> Changes:
     """What the event's handlers change. Raises HandlerFailed."""
+    only_strings = {*map(type, before.meta.values())} <= {str}  # which no handler can change
+    message = read_message(row, before.meta.copy() if only_strings else None)
     return event.call_handlers(handlers, before, message, data)
 
 
-def restored(shared: Changes, before: Message, message: Message, record: Row) -> Changes:
+def restored(shared: Changes, before: Message, row: Row) -> Changes:
     """What an undo changes. Raises StoreRefused if Python cannot read what the message was."""
     try:
-        history.restore(message, record, shared)
+        return history.restored(before, row[11:], shared)
     except (ValueError, RecursionError) as error:
         raise StoreRefused(f"message {before.id} cannot get back what it had: {error}") from error
-    return changes(before, message, checked=True)
 
 
 def read_message(row: Row, meta: dict[str, Any] | None = None) -> Message:
@@ -104,6 +101,6 @@ def read_message(row: Row, meta: dict[str, Any] | None = None) -> Message:
     """
     sender, recipient, text, id, *fields = row[:9]
     try:
-        return Message(sender, recipient_of(recipient), meta or from_json(text), id, *fields)
+        return Message(sender, recipient_of(recipient), from_json(text) if meta is None else meta, id, *fields)
     except (ValueError, RecursionError) as error:
         raise StoreRefused(f"the message {id} cannot be read: {error}") from error

@@ -1,6 +1,7 @@
 """Tests of the history: undo, requests that are sent again, what records say, and following the log."""
 
 import itertools
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,7 @@ METAS: list[dict[str, Any]] = [
     {"é": []},
     {"campaign": "c", "n": {"a": [1, None, {}]}},
     {"tenant": "t", "n": None},
-    {"queue": "pinned", "n": "x", "é": 1.5},
+    {"queue": "pinned", "n": "x", "é": 1.5, 'q"\\': {}},
 ]
 
 
@@ -73,9 +74,11 @@ EVERY_WAY = pytest.mark.parametrize(
         {"data": {"campaign": "new", "n": "1"}},
         {"unset": ("campaign", "tenant", "queue", "n", "é")},
         {"data": {"campaign": "new"}, "unset": ("queue", "n")},
+        {"data": {"campaign": "new", 'q"\\': "odd"}},
+        {"data": {"campaign": "new"} | {f"k{number}": "many" for number in range(100)}},
         {"trigger_rebind_event": True},
     ],
-    ids=["data", "unset", "data and unset", "event"],
+    ids=["data", "unset", "data and unset", "an odd key", "many keys", "event"],
 )
 
 
@@ -238,6 +241,38 @@ def test_an_undo_with_a_limit_takes_back_the_next_ones(
     assert metas(url) == [{}] * 5
 
 
+@pytest.mark.parametrize("way", [{"data": {"note": "x"}}, {"data": {"a note": "x"}}], ids=["by SQL", "by Python"])
+def test_what_is_as_it_was_is_not_handled_again(queues: QueueRegistry, url: str, way: dict[str, Any]) -> None:
+    queues.load([message(), message()])
+    first = ask(queues, **way)
+    assert undo(queues, first).matched == 2
+    with nothing_changes(url):
+        assert counts(undo(queues, first, dry_run=True)) == (0, 0, 0)
+    assert counts(undo(queues, first, always_flush=True)) == (0, 0, 0)
+
+
+def blank_sender(message: Message, data: dict[str, str]) -> None:
+    message.sender = ""
+
+
+def same_domain(message: Message, data: dict[str, str]) -> None:
+    message.recipient = "bob@example.com"
+
+
+@pytest.mark.parametrize("handler", [blank_sender, same_domain])
+def test_an_undo_gives_back_the_envelope_alone(
+    queues: QueueRegistry, url: str, handler: Callable[[Message, dict[str, str]], None]
+) -> None:
+    queues.load([message("ada@example.com")])
+    before = states(url)
+    rebind.disconnect(change_all)
+    with rebind.connected_to(handler):
+        first = ask(queues, trigger_rebind_event=True)
+    assert states(url) != before
+    assert counts(undo(queues, first)) == (1, 0, 0)
+    assert states(url) == before
+
+
 def test_criteria_of_an_undo_are_those_of_the_queues_in_which_messages_are_now(queues: QueueRegistry, url: str) -> None:
     queues.load(message(meta={"tenant": tenant}) for tenant in "abc")
     first = ask(queues, {"campaign": "new"})
@@ -267,12 +302,35 @@ def test_a_rebind_without_records_cannot_be_undone(queues: QueueRegistry, url: s
         undo(queues, first)
 
 
-def test_an_undo_is_refused_if_python_cannot_read_what_the_message_was(queues: QueueRegistry, url: str) -> None:
+UNREADABLE = "1" * 5000  # the digits of a number that Python does not read
+
+
+def test_an_undo_gives_back_numbers_digit_by_digit(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    meta = f'{{"n": [1.10, 12345678901234567890], "long": {UNREADABLE}}}'
+    run_sql(url, f"UPDATE messages SET meta = '{meta}'")
+    undo(queues, ask(queues, {"n": "1", "long": "1"}))
+    with engine_for(url).connect() as db:
+        found = db.exec_driver_sql("SELECT CAST(meta AS TEXT) FROM messages").scalar_one()
+    assert json.loads(found, parse_int=str, parse_float=str) == json.loads(meta, parse_int=str, parse_float=str)
+
+
+def test_an_undo_is_refused_if_python_must_read_what_the_message_was_and_cannot(
+    queues: QueueRegistry, url: str
+) -> None:
     queues.load([message(id="odd"), message()])
-    run_sql(url, f"""UPDATE messages SET meta = '{{"n": {"1" * 5000}}}' WHERE id = 'odd'""")
-    first = ask(queues, {"n": "1"})
+    run_sql(url, f"""UPDATE messages SET meta = '{{"a key": {UNREADABLE}}}' WHERE id = 'odd'""")
+    first = ask(queues, {"a key": "1"})
     with nothing_changes(url), pytest.raises(StoreRefused, match=r"^message odd cannot get back what it had: "):
         undo(queues, first)
+
+
+def test_keys_that_a_sender_escaped_come_back(queues: QueueRegistry, url: str) -> None:
+    queues.load([message("ada@a.example")])
+    meta = r"""{"\u0063ampaign": "c", "\u006e": null, "o": "\u00e9\""}"""
+    run_sql(url, f"UPDATE messages SET queue = 'c:@a.example', meta = '{meta}'")
+    undo(queues, ask(queues, {"campaign": "d", "n": "1", "o": "2"}))
+    assert (names(url), metas(url)) == (["c:@a.example"], [{"campaign": "c", "n": None, "o": 'é"'}])
 
 
 def test_an_undo_gives_back_a_recipient_that_only_a_sender_can_write(queues: QueueRegistry, url: str) -> None:

@@ -59,7 +59,11 @@ class Model:
             return RebindResult(*counts, left, plan=plan)  # type: ignore[arg-type]
         for row, new in sorted(found, key=lambda pair: (len(pair[0]["id"]), pair[0]["id"])):
             if not request.suppress_logging:
-                self.records.append({"of": request, "rebind_id": rebind_id, "before": copy.deepcopy(row), "after": new})
+                before = copy.deepcopy(row)
+                keys = self.changed_keys(request, before, new)
+                self.records.append(
+                    {"of": request, "rebind_id": rebind_id, "before": before, "after": new, "keys": keys}
+                )
             row |= new | ({"due": now} if request.always_flush or row["queue"] != new["queue"] else {})
         self.history.append({"request": request, "rebind_id": rebind_id, "counts": (*counts, left)})
         answer = RebindResult(*counts, left, rebind_id)
@@ -75,6 +79,16 @@ class Model:
         if request.limit and not request.trigger_rebind_event and {*request.data, *request.unset} & {*NAMING}:
             found = [(row, new) for row, new in found if row["queue"] != new["queue"]]
         return found, None
+
+    def changed_keys(self, request: RebindRequest, before: Row, after: Row) -> set[str]:
+        """What an undo of this would restore of the metadata."""
+        if request.undo is not None:
+            undone = (each for each in self.records if each["rebind_id"] == request.undo)
+            return next(set(each["keys"]) for each in undone if each["before"]["id"] == before["id"])
+        if not request.trigger_rebind_event:
+            return {*request.data, *request.unset}
+        keys = {*before["meta"], *after["meta"]}
+        return {key for key in keys if as_json(before["meta"].get(key, ...)) != as_json(after["meta"].get(key, ...))}
 
     def found_by_undo(self, rebind_id: str) -> tuple[list[tuple[Row, Row]], int]:
         if rebind_id not in [row["rebind_id"] for row in self.history]:
@@ -103,12 +117,7 @@ def became(row: Row, request: RebindRequest) -> Row:
 
 def restored(row: Row, record: Row) -> Row:
     """What an undo makes of a message, by its record of the rebind that is taken back."""
-    before, after, request = record["before"], record["after"], record["of"]
-    if request.trigger_rebind_event or request.undo is not None:
-        keys = {*before["meta"], *after["meta"]}
-        keys = {key for key in keys if as_json(before["meta"].get(key, ...)) != as_json(after["meta"].get(key, ...))}
-    else:
-        keys = {*request.data, *request.unset}
+    before, after, keys = record["before"], record["after"], record["keys"]
     meta = {key: value for key, value in row["meta"].items() if key not in keys}
     meta |= {key: value for key, value in before["meta"].items() if key in keys}
     envelope = {n: before[n] if row[n] == after[n] else row[n] for n in ("sender", "recipient")}
