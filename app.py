@@ -116,7 +116,7 @@ def start(app: Flask) -> None:
     queues.logger.addHandler(default_handler)
     try:
         registry.prepare()
-        registry.database.check()
+        registry.check()
     except StoreUnavailable as error:
         app.logger.warning("%s; until that is over, the answer is 503", error.in_full)
     app.logger.info("rebind %s on %s", VERSION, registry.database.shown)
@@ -129,7 +129,10 @@ def rebind() -> Response:
     key = None if query["dry_run"] else idempotency_key(request.headers.get("Idempotency-Key"))
     asked = rebind_request(read_json(), query, key, actor())
     with room_for_a_rebind(asked.dry_run):
-        return answer(registry.rebind(asked))
+        response = answer(registry.rebind(asked))
+    if not asked.dry_run:
+        response.call_on_close(registry.database.tidy)
+    return response
 
 
 def answer(result: RebindResult) -> Response:

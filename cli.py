@@ -206,6 +206,7 @@ def rebind(
         if result.plan.more:
             click.echo(f"and {result.plan.more} more pairs of queues")
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
+    registry.database.tidy()
 
 
 @click.command(cls=StoreCommand)

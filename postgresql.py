@@ -156,6 +156,10 @@ def take_turn(db: Connection) -> None:
     db.execute(text("SELECT pg_advisory_xact_lock(hashtext('rebind'))"))
 
 
+def tidy(db: Connection) -> None:
+    """Nothing: the server does it by itself."""
+
+
 def writers_of_log(db: Connection) -> set[str]:
     """The transactions that may still commit records with smaller keys than the last one that can be read.
 

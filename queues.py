@@ -33,6 +33,8 @@ from streaming import Stream, handled, restored
 ENGINES = {"sqlite": sqlite, "postgresql": postgresql}
 ATTEMPTS = 3  # per rebind: PostgreSQL may end ours if another transaction locks the same messages in another order
 
+NOTHING = RebindRequest(reason="", data={}, criteria=Criteria(domain="nobody.invalid"), dry_run=True)
+
 logger = logging.getLogger(__name__)
 
 
@@ -77,6 +79,15 @@ class QueueRegistry:
     def prepare(self) -> None:
         """Create the store if there is none, and check it. Raises StoreUnavailable and StoreUnusable."""
         self.database.prepare(create=True)
+
+    def check(self) -> None:
+        """Find a damaged store now, and compile a rebind's statements, before the first rebind does.
+
+        Raises StoreDamaged and StoreUnavailable.
+        """
+        self.database.check()
+        self.rebind(NOTHING)
+        self.database.close()
 
     def rebind(self, request: RebindRequest, progress: Callable[[], None] = lambda: None) -> RebindResult:
         """Handle each matched message exactly once, all or none of them, durably.

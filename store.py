@@ -5,7 +5,7 @@ remove them, in any language, while rebinds run. What a rebind means is in queue
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -319,7 +319,7 @@ class Database:
             else:
                 raise StoreUnusable("there is no store", self.shown)
         finally:
-            self._autocommit.dispose()  # a connection must not be carried into a forked worker
+            self.close()
         self._prepared, self._may_create = True, False
 
     def check(self) -> None:
@@ -329,7 +329,15 @@ class Database:
         """
         with self.autocommit() as db:
             self.engine.refuse_damaged(db)
+
+    def close(self) -> None:
+        """Close the connections: one must not be carried into a forked worker."""
         self._autocommit.dispose()
+
+    def tidy(self) -> None:
+        """Do what a rebind left to be done after its answer. If that fails, the next one does it."""
+        with suppress(StoreError), self.autocommit() as db:
+            self.engine.tidy(db)
 
     def _create_tables(self) -> None:
         with self._translated(), self._writing.begin() as db:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ask, counts, engine_for, logged, message, run_sql, set_data, stored
-from sqlalchemy import inspect, text
+from conftest import Flask, Service, ask, counts, done, engine_for, logged, message, run_sql, set_data, stored, until
+from sqlalchemy import inspect, make_url, text
 
 import postgresql
 from event import HandlerFailed, rebind
@@ -152,3 +152,31 @@ def test_a_sites_own_trigger_on_messages_causes_no_record(queues: QueueRegistry,
         assert counts(ask(queues, {"queue": "b"}, trigger_rebind_event=event)) == (3, 3, 3)
     assert [row["num_attempts"] for row in stored(url)] == [1] * 3
     assert len(logged(url)) == 3
+
+
+def in_file(url: str) -> list[str]:
+    """The queue of each message, as the file has it without its -wal."""
+    with closing(sqlite3.connect(f"file:{make_url(url).database}?immutable=1", uri=True)) as file:
+        return [queue for (queue,) in file.execute("SELECT queue FROM messages")]
+
+
+@pytest.mark.sqlite
+def test_the_answer_comes_before_the_checkpoint(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(meta={"large": "x" * 1_000_000}) for _ in range(20)])  # more than SQLite leaves in the -wal
+    ask(queues, {"queue": "q"})
+    assert in_file(url) == ["example.com"] * 20
+    queues.database.tidy()
+    assert in_file(url) == ["q"] * 20
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("way", ["request", "command"])
+def test_a_checkpoint_follows_the_answer(
+    service: Service, queues: QueueRegistry, url: str, flask: Flask, way: str
+) -> None:
+    queues.load([message()])
+    if way == "request":
+        assert done(service.rebind(data={"queue": "q"})) == (1, 1, 1)
+    else:
+        flask("rebind", "--everything", "--reason", "a test", "--set", "queue=q")
+    until(lambda: in_file(url) == ["q"])
