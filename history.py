@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, func, insert, select
 
 from message import Changes, Message, from_json, recipient_of, to_json
-from moving import Plan, Row, in_place, of_rebind
+from moving import Plan, Row, of_rebind
 from names import ALL_QUEUES, Criteria
 from store import LAST_SECOND, Database, log, messages, rebinds
 
@@ -205,14 +205,14 @@ def undoable(db: Connection, rebind_id: str) -> Undo:
         raise NothingToUndo(f"the rebind {rebind_id} has been pruned")
     if first is None:
         raise UnknownRebind(f"the history has no rebind {rebind_id}")
-    ends = (rebind_id, first.first_key, first.last_key)
-    still_there = select(messages.c.id).where(messages.c.id == log.c.id, messages.c.queue == log.c.queue).exists()
-    counts = select(func.count(), func.count().filter(still_there)).select_from(log).where(of_rebind(*ends))
+    of_first, in_place = of_rebind(rebind_id, first.first_key, first.last_key), messages.c.queue == log.c.queue
+    each = log.outerjoin(messages, (messages.c.id == log.c.id) & in_place)
+    counts = select(func.count(), func.count(messages.c.id)).select_from(each).where(of_first)
     records, there = db.execute(counts).one()
     if not records:
         raise NothingToUndo(f"the rebind {rebind_id} wrote no records, or they have been pruned")
     shared, own = shared_changes(first.request), first.request.keys() & {"trigger_rebind_event", "undo"}
-    return Undo(in_place(*ends), records - there, shared, None if own else (*shared["data"], *shared["unset"]))
+    return Undo(of_first & in_place, records - there, shared, None if own else (*shared["data"], *shared["unset"]))
 
 
 def _is_pruned(db: Connection, rebind_id: str) -> bool:

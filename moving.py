@@ -5,7 +5,7 @@ An engine offers two ways to change messages: `update_all` changes them by SQL a
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,8 +38,6 @@ MAX_MOVES = 100  # entries of a plan
 MAX_KEYS = 30  # that are restored by SQL
 
 Row = Sequence[Any]
-Values = Mapping[str, Any]
-"""What to set or write, by column."""
 
 # A message as a row that is read by the driver alone, without SQLAlchemy's types: `update_each` reads these columns.
 MESSAGE_COLUMNS: list[ColumnElement[Any]] = [
@@ -216,11 +214,6 @@ def record_columns(rebind_id: str, before: Any, new_queue: Any, old_queue: Any) 
     columns = {name: before[name] for name in BEFORE}
     columns |= {"type": literal("AdminRebind", Text), "rebind_id": literal(rebind_id, Text)}
     return columns | {"queue": new_queue, "old_queue": old_queue}
-
-
-def in_place(rebind_id: str, first_key: int, last_key: int) -> ColumnElement[bool]:
-    """Whether a record is of this rebind, and its message still in the queue where the rebind left it."""
-    return and_(of_rebind(rebind_id, first_key, last_key), messages.c.queue == log.c.queue)
 
 
 def of_rebind(rebind_id: str, first_key: int, last_key: int) -> ColumnElement[bool]:

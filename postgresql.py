@@ -56,6 +56,8 @@ from store import TOO_LONG, StoreConflict, StoreRefused, StoreUnavailable, Store
 
 BEGIN_WRITE = "BEGIN"
 
+ENCODING = ("SHOW server_encoding", "UTF8")  # how to ask for it, and what it must be: then any text can be stored
+
 # SQLSTATEs and their classes (PostgreSQL's documentation, appendix A), by what they mean to us.
 CONFLICT = ("40",)  # transaction rollback: a deadlock, a serialization failure
 REFUSED = ("22", "23", "54")  # data exception, integrity violation, a limit of the program
@@ -111,19 +113,8 @@ def shown(url: str) -> str:
     return make_url(url).set(query={}).render_as_string()
 
 
-def create_file(url: str) -> None:
-    """Nothing: a database is created by its administrator."""
-
-
-def refuse_missing(url: str) -> None:
-    """Nothing: the server tells when it is asked."""
-
-
-def refuse_encoding(db: Connection) -> None:
-    """Any text must be storable. Raises StoreUnusable."""
-    encoding = db.scalar(text("SHOW server_encoding"))
-    if encoding != "UTF8":
-        raise StoreUnusable(f"the encoding of the database is {encoding}: it must be UTF8")
+def open_file(url: str, create: bool) -> None:
+    """Nothing: a database is created by its administrator, and the server tells whether it is there."""
 
 
 def refuse_damaged(db: Connection) -> None:
@@ -178,7 +169,7 @@ def writers_of_log(db: Connection) -> set[str]:
 
 def last_key(db: Connection) -> int:
     """The last key of the log that was given to anybody."""
-    return db.scalar(text("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM log_key_seq")) or 0
+    return int(db.scalar(text("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM log_key_seq")) or 0)
 
 
 def octets(value: ColumnElement[str]) -> ColumnElement[int]:

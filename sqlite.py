@@ -65,6 +65,8 @@ from store import (
 # so a writer takes its turn at its beginning. A reader neither waits nor is waited for.
 BEGIN_WRITE = "BEGIN IMMEDIATE"
 
+ENCODING = ("PRAGMA encoding", "UTF-8")  # how to ask for it, and what it must be: then names are ordered by their bytes
+
 CACHE = 32  # MiB of pages that a rebind keeps in memory, since its index changes all over; others keep 2
 
 # The primary result codes (https://www.sqlite.org/rescode.html) that pass by themselves, or when somebody mends the
@@ -178,36 +180,26 @@ def shown(url: str) -> str:
     return str(make_url(url).database)
 
 
-def create_file(url: str) -> None:
-    """Create the file, readable by its own user only, unless there is one.
+def open_file(url: str, create: bool) -> None:
+    """Look whether the file is there; with `create`, create it first if it is not, readable by its own user only.
 
     One that is there is not opened: to close it would end this process's locks on it, those of its connections included
-    (https://www.sqlite.org/howtocorrupt.html, 2.2).
+    (https://www.sqlite.org/howtocorrupt.html, 2.2). To connect to one that is not there would create it.
 
     Raises StoreUnavailable and StoreUnusable.
     """
     file = shown(url)
     try:
-        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        if create:
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        elif not Path(file).exists():
+            raise StoreUnusable("there is no store", file)
     except FileExistsError:
         if Path(file).is_dir():
             raise StoreUnusable("the database's file cannot be opened", f"{file}: Is a directory") from None
     except OSError as error:
         kind = StoreUnusable if error.errno in WRONG_PATH else StoreUnavailable
         raise kind("the database's file cannot be opened", f"{file}: {error.strerror}") from error
-
-
-def refuse_missing(url: str) -> None:
-    """Raise StoreUnusable if there is no file: to connect would create one."""
-    if not Path(shown(url)).exists():
-        raise StoreUnusable("there is no store", shown(url))
-
-
-def refuse_encoding(db: Connection) -> None:
-    """Names must be ordered as the bytes of UTF-8 are. Raises StoreUnusable."""
-    encoding = db.scalar(text("PRAGMA encoding"))
-    if encoding != "UTF-8":
-        raise StoreUnusable(f"the encoding of the database is {encoding}: it must be UTF-8")
 
 
 def refuse_damaged(db: Connection) -> None:

@@ -30,10 +30,10 @@ from sqlalchemy import (
     insert,
     inspect,
     select,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from message import from_json, recipient_of, recipient_text, to_json
@@ -306,14 +306,15 @@ class Database:
         if self._prepared:
             return
         try:
-            if self._may_create:
-                self.engine.create_file(self._url)
-            self.engine.refuse_missing(self._url)
+            self.engine.open_file(self._url, self._may_create)
             with self._translated(), self._autocommit.begin() as db:
-                self.engine.refuse_encoding(db)
+                question, needed = self.engine.ENCODING
+                if (encoding := db.scalar(text(question))) != needed:
+                    raise StoreUnusable(f"the encoding of the database is {encoding}: it must be {needed}")
                 found = set(inspect(db).get_table_names()) & metadata.tables.keys()
+                version = (db.scalar(select(schema_version)) or 0) if schema_version.name in found else 1
             if found:
-                self._refuse_version(found)
+                self._refuse_version(version)
             elif self._may_create:
                 self._create_tables()
             else:
@@ -346,11 +347,7 @@ class Database:
             if not db.scalar(select(schema_version.c.version)):
                 db.execute(insert(schema_version).values(version=SCHEMA_VERSION))
 
-    def _refuse_version(self, tables: set[str]) -> None:
-        version = 1
-        if schema_version.name in tables:
-            with self._translated(), self._autocommit.begin() as db:
-                version = db.scalar(select(schema_version.c.version)) or 0
+    def _refuse_version(self, version: int) -> None:
         if version != SCHEMA_VERSION:
             raise StoreUnusable(
                 f"the store has schema version {version}, and this is version {SCHEMA_VERSION}: print its messages "
@@ -368,26 +365,21 @@ class Database:
                 committing = True
         except (StoreUnavailable, StoreUnusable) as error:
             self._prepared = isinstance(error, StoreConflict)  # the next one looks at the store again
-            if not (committing and _is_cut(error)):
+            cause = error.__cause__
+            if not (committing and isinstance(cause, DBAPIError) and cause.connection_invalidated):
                 raise
             message = "the answer to the commit was lost: either everything was done or nothing; it may be sent again"
-            raise StoreUnavailable(message) from error.__cause__
+            raise StoreUnavailable(message) from cause
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
         """The one place where a driver's errors become ours. What they mean is in a table of each engine."""
         try:
             yield
-        except PoolTimeout as error:
-            raise StoreUnavailable("no database connection was free in time") from error
         except DBAPIError as error:
             if meaning := self.engine.meaning(error):
                 raise meaning from error
             raise
-
-
-def _is_cut(error: StoreError) -> bool:
-    return isinstance(error.__cause__, DBAPIError) and error.__cause__.connection_invalidated
 
 
 def _begin(db: Connection) -> None:

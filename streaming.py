@@ -6,7 +6,6 @@ The engines read and write them in batches; moving.Update is what they write.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any
 
 import event
 import history
@@ -81,9 +80,7 @@ class Stream:
 
 def handled(handlers: list[event.Handler], data: dict[str, str], before: Message, row: Row) -> Changes:
     """What the event's handlers change. Raises HandlerFailed."""
-    only_strings = {*map(type, before.meta.values())} <= {str}  # which no handler can change
-    message = read_message(row, before.meta.copy() if only_strings else None)
-    return event.call_handlers(handlers, before, message, data)
+    return event.call_handlers(handlers, before, read_message(row), data)
 
 
 def restored(shared: Changes, before: Message, row: Row) -> Changes:
@@ -94,13 +91,10 @@ def restored(shared: Changes, before: Message, row: Row) -> Changes:
         raise StoreRefused(f"message {before.id} cannot get back what it had: {error}") from error
 
 
-def read_message(row: Row, meta: dict[str, Any] | None = None) -> Message:
-    """The message of a row of MESSAGE_COLUMNS; `meta` is its metadata if that is known.
-
-    Raises StoreRefused if Python cannot read it.
-    """
+def read_message(row: Row) -> Message:
+    """The message of a row of MESSAGE_COLUMNS. Raises StoreRefused if Python cannot read it."""
     sender, recipient, text, id, *fields = row[:9]
     try:
-        return Message(sender, recipient_of(recipient), from_json(text) if meta is None else meta, id, *fields)
+        return Message(sender, recipient_of(recipient), from_json(text), id, *fields)
     except (ValueError, RecursionError) as error:
         raise StoreRefused(f"the message {id} cannot be read: {error}") from error

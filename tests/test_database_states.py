@@ -68,6 +68,7 @@ def loaded(url: str, *queues: str) -> None:
     other.bind(url, busy_timeout=PATIENCE)
     other.prepare()
     other.load([message(meta={"queue": queue}) for queue in queues])
+    other.database.close()  # or the file changes once more when that happens by itself
 
 
 def flask(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
