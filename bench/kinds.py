@@ -6,7 +6,7 @@ from typing import Any
 REASON = "wrong campaign"
 SALE, MOVED, ONE_QUEUE = "summer-sale", "moved.example", "spring-sale:tenant-1@gmail.example"
 RETRY_KEY = "retry-1"
-TO_LOAD = 100_000  # messages that `flask load` adds at most
+OF_COMMANDS = 100_000  # messages that `flask load` adds and `flask messages` prints, at most
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,15 @@ class Kind:
     """Its Idempotency-Key."""
     after: tuple[str, ...] = ()
     """The kinds that are asked for first, and not measured."""
-    command: str | None = None
-    """What is measured instead of a request: `load` and `log` of `flask`, or the records of the rebind before."""
+    command: tuple[str, ...] | None = None
+    """What is measured instead of a request: a command of `flask`, or RECORDS."""
     floor: bool = False
     """Whether the same is measured as bare SQL."""
     requests: int = 1
     """How many are sent one after another in one run: a single one that takes a few ms is not a measurement."""
 
+
+RECORDS = ("records",)  # of the rebind before, read in a process that has started already
 
 _MOVED, _SALE = {"data": {"queue": MOVED}}, {"data": {"campaign": SALE}}
 _OF_ONE_QUEUE = {"campaign": "spring-sale", "tenant": "tenant-1", "domain": "gmail.example"}
@@ -49,7 +51,9 @@ KINDS = {
     "undo_campaign": Kind("undo of a campaign change", {"data": {}}, _UNDO, after=("campaign",)),
     "undo_metadata": Kind("undo of metadata only", {"data": {}}, _UNDO, after=("metadata",)),
     "undo_event": Kind("undo of an event", {"data": {}}, _UNDO, after=("event",)),
-    "log": Kind("log from its start", after=_LOGGED, command="log"),
-    "records": Kind("one rebind's records", after=_LOGGED, command="records"),
-    "load": Kind("load", command="load"),
+    "log": Kind("log from its start", after=_LOGGED, command=("log",)),
+    "records": Kind("one rebind's records", after=_LOGGED, command=RECORDS),
+    "prune": Kind("prune of all records", after=_LOGGED, command=("prune", "--before", "2100-01-01")),
+    "messages": Kind("messages with content", command=("messages", "--content", "--limit", str(OF_COMMANDS))),
+    "load": Kind("load", command=("load",)),
 }

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -17,13 +16,14 @@ from typing import Any
 import floor
 import psycopg
 import requests
-from kinds import KINDS, REASON, TO_LOAD, Kind
+from kinds import KINDS, OF_COMMANDS, REASON, RECORDS, Kind
 from stores import ROOT, Store, file_to_load
 
 sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import PATH, Service, start_service, stop_service
 
+from deliverylog import LogFilter
 from queues import registry
 
 # `flask` with its arguments, which at its end writes to standard error the most memory that it had in it.
@@ -111,12 +111,12 @@ def by_service(kind: Kind, url: str, store: Store) -> Run:
             os.sync()  # what it left to be written must not be written during the next
         if kind.command is None:
             return _requested(session, service, kind, rebind_id)
-    if kind.command == "records":
+    if kind.command == RECORDS:
         return _records_read(url, rebind_id)
-    if kind.command == "load":
-        file = file_to_load(store.folder.parent, min(store.size, TO_LOAD))
+    if kind.command == ("load",):
+        file = file_to_load(store.folder.parent, min(store.size, OF_COMMANDS))
         return _commanded(url, "load", str(file))
-    return _commanded(url, kind.command)
+    return _commanded(url, *kind.command)
 
 
 def _requested(session: requests.Session, service: Service, kind: Kind, rebind_id: str) -> Run:
@@ -144,20 +144,17 @@ def _commanded(url: str, *arguments: str) -> Run:
             lines += 1
         status = process.stderr.read().decode()
     assert process.returncode == 0, status
-    matched = int(line.split()[0]) if arguments[0] == "load" else lines
+    matched = int(line.split()[0]) if arguments[0] in ("load", "prune") else lines
     return Run(time.perf_counter() - start, matched, peak=_peak(status))
 
 
 def _records_read(url: str, rebind_id: str) -> Run:
-    """The records of one rebind, found by the keys in the history."""
+    """The records of one rebind."""
     registry.bind(url, busy_timeout=30)
     start = time.perf_counter()
-    with registry.database.autocommit() as db:
-        first = db.exec_driver_sql(f"SELECT first_key - 1 FROM rebinds WHERE rebind_id = '{rebind_id}'").scalar_one()
-    found = takewhile(lambda record: record["rebind_id"] == rebind_id, registry.records(first))
-    matched = sum(1 for _ in found)
+    matched = sum(1 for _ in registry.records(wanted=LogFilter(rebind_id=rebind_id)))
     seconds = time.perf_counter() - start
-    registry.database._autocommit.dispose()  # nobody may have the store open when it is put back
+    registry.database.close()  # nobody may have the store open when it is put back
     return Run(seconds, matched)
 
 

@@ -26,7 +26,7 @@ DATABASES = ["sqlite", "postgresql"]
 LARGE, OF_LARGE = (500, 2**20), ("event", "undo_event", "log")  # messages, bytes of metadata that each has
 
 OF_DATA = ("constant", "campaign", "keyed", "metadata", "flush", "suppressed")
-OVER = {"event": "constant"} | {f"undo_{name}": name for name in ("campaign", "metadata", "event")}
+OVER = {f"undo_{name}": name for name in ("campaign", "metadata", "event")}
 """What is compared with another kind."""
 MIN_OVER = 0.4
 MIN_OF_FLOOR = 0.9  # of each kind of OF_DATA

@@ -37,8 +37,8 @@ def waits(store: Store, database: str, runs: int) -> dict[str, Any]:
     for _ in range(runs):
         store.restore()
         with store.open() as url, serving(url) as (service, session):
-            quiet = _claims_while(lambda: time.sleep(QUIET), url)[1]
-            seconds, busy = _claims_while(lambda: [ask(session, service, kind) for kind in REBINDS[database]], url)
+            quiet = claims_while(lambda: time.sleep(QUIET), url)[1]
+            seconds, busy = claims_while(lambda: [ask(session, service, kind) for kind in REBINDS[database]], url)
         found["rebind_seconds"].append(seconds)
         found["quiet"].append(quiet)
         found["during_rebind"].append(busy)
@@ -57,7 +57,7 @@ def in_a_line(found: dict[str, Any]) -> str:
     )
 
 
-def _claims_while(action: Callable[[], Any], url: str) -> tuple[float, dict[str, float]]:
+def claims_while(action: Callable[[], Any], url: str) -> tuple[float, dict[str, float]]:
     """Let a worker for each of WORKERS claim, while `action` runs.
 
     Returns how long that took, in seconds, and percentiles of the claims' times, in ms.
