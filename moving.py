@@ -31,7 +31,6 @@ from store import MAX_NAME, TOO_LONG, StoreRefused, log, messages
 Item = TypeVar("Item")
 
 BATCH = 500  # messages or records that are in memory at once
-READ_AHEAD = 50  # messages that SQLite reads at once: each may have a megabyte of metadata
 MAX_BATCH = 2**22  # characters of their metadata, or bytes of their contents
 FIRST_ROWS = 16  # that are read, while nobody knows how large they are
 MAX_MOVES = 100  # entries of a plan

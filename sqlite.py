@@ -48,7 +48,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from message import to_json
-from moving import BEFORE, READ_AHEAD, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
+from moving import BEFORE, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
 from names import MetaText
 from store import (
     TOO_LONG,
@@ -67,6 +67,7 @@ BEGIN_WRITE = "BEGIN IMMEDIATE"
 
 ENCODING = ("PRAGMA encoding", "UTF-8")  # how to ask for it, and what it must be: then names are ordered by their bytes
 
+READ_AHEAD = 5  # messages that are read at once: each, and its record, may have a megabyte of metadata
 CACHE = 32  # MiB of pages that a rebind keeps in memory, since its index changes all over; others keep 2
 
 # The primary result codes (https://www.sqlite.org/rescode.html) that pass by themselves, or when somebody mends the
