@@ -195,7 +195,7 @@ def rebind(
         quoted = None if key is None else json.dumps(key)
         request = rebind_request(body, rebind_query(query), idempotency_key(quoted), login())
     except NotJSON as error:
-        raise click.UsageError(f"--data is not JSON that can be read: {error}") from error
+        raise click.UsageError(f"--data is not valid JSON: {error}") from error
     except ValidationError as error:
         raise click.UsageError("; ".join(by_field(error.messages))) from error
     with progress_bar(request.trigger_rebind_event or request.undo is not None) as bar:

@@ -122,7 +122,7 @@ def test_rebind_calls_the_event(flask: Flask, queues: QueueRegistry, url: str) -
         (["--everything", "--data", "[]"], "data: Not a valid mapping type."),
         (
             ["--everything", "--data", ""],
-            "--data is not JSON that can be read: Expecting value: line 1 column 1 (char 0)",
+            "--data is not valid JSON: Expecting value: line 1 column 1 (char 0)",
         ),
         (["--everything", "--data", '{"a": 1}'], "data.a.value: Not a valid string."),
         (["--everything", "--set", "queue="], "data.queue.value: Must not be empty: ?unset=queue removes the key."),
@@ -130,7 +130,7 @@ def test_rebind_calls_the_event(flask: Flask, queues: QueueRegistry, url: str) -
         (["--tenant", "\udcff"], "tenant: a string must not contain a lone surrogate"),
         (
             ["--undo", "x", "--set", "a=1"],
-            "undo: Needs data to be {}, and is not allowed with unset or trigger_rebind_event.",
+            "undo: data must be {}, and undo cannot be combined with unset or trigger_rebind_event.",
         ),
         (
             ["--everything", "--idempotency-key", "é"],
