@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
@@ -34,7 +33,6 @@ from queues import registry
 from schemas import NotJSON, QueryError, idempotency_key, parse_json, rebind_query, rebind_request
 from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
-VERSION: str = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text("utf-8"))["project"]["version"]
 MAX_BODY = 1024 * 1024  # bytes
 RETRY_AFTER = 5  # seconds
 SETTINGS = {
@@ -119,7 +117,7 @@ def start(app: Flask) -> None:
         registry.check()
     except StoreUnavailable as error:
         app.logger.warning("%s; until then, requests are answered with 503", error.in_full)
-    app.logger.info("rebind %s on %s", VERSION, registry.database.shown)
+    app.logger.info("rebind %s on %s", cli.VERSION, registry.database.shown)
 
 
 @admin.post("/api/admin/rebind/v1", provide_automatic_options=False)

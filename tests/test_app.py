@@ -35,7 +35,8 @@ from conftest import (
 from sqlalchemy import make_url
 
 from access import AccessError
-from app import VERSION, SettingError, create_app
+from app import SettingError, create_app
+from cli import VERSION
 from event import PolicyError
 from history import MAX_SHOWN
 from moving import MAX_MOVES

@@ -79,7 +79,7 @@ def ids(url: str) -> list[str]:
 
 def loaded(count: int, rest: str = "0 discarded") -> tuple[int, str, str]:
     """The outcome of a load of so many messages."""
-    return 0, f"{count} messages loaded, {rest}\n", ""
+    return 0, f"{count} message{'' if count == 1 else 's'} loaded, {rest}\n", ""
 
 
 def refused(reason: str) -> tuple[int, str, str]:
@@ -549,7 +549,7 @@ def test_a_terminal_shows_that_files_are_loaded_and_how_much_of_them(start_comma
 @pytest.mark.sqlite
 def test_a_terminal_shows_that_a_pipe_is_loaded(start_command: Command) -> None:
     output, shown = on_a_terminal(start_command, "load", "-", stdin=line().encode())
-    assert output == "1 messages loaded, 0 discarded\n"
+    assert output == "1 message loaded, 0 discarded\n"
     assert "loading" in shown
     assert "%" not in shown, "nobody knows how much will come"
 
