@@ -337,8 +337,8 @@ def as_options(asked: dict[str, Any]) -> str:
 def prune(before: float, dry_run: bool) -> None:
     """Remove old records and old history.
 
-    They are removed a few at a time, so that nobody waits. A rebind whose records are gone cannot be undone. The
-    Idempotency-Keys of what is removed are forgotten: the same request is done again.
+    They are removed a few at a time, so that nobody waits. A rebind whose records are gone cannot be undone. Its
+    Idempotency-Key is forgotten too: the same request, sent again, is done again.
     """
     pruned = answered(lambda: registry.prune(before, dry_run))
     done = "would be removed" if dry_run else "removed"
