@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
@@ -34,7 +33,6 @@ from queues import registry
 from schemas import NotJSON, QueryError, idempotency_key, parse_json, rebind_query, rebind_request
 from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
-VERSION: str = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text("utf-8"))["project"]["version"]
 MAX_BODY = 1024 * 1024  # bytes
 RETRY_AFTER = 5  # seconds
 SETTINGS = {
@@ -95,7 +93,7 @@ def read_environment(app: Flask) -> None:
     """Take the settings from REBIND_… Raises SettingError: a misspelt one must not be ignored."""
     unknown = [name for name in os.environ if name.startswith("REBIND_") and name[7:] not in SETTINGS]
     if unknown:
-        raise SettingError(f"there is no setting {unknown[0]}")
+        raise SettingError(f"unknown setting {unknown[0]}")
     app.config.from_prefixed_env("REBIND", loads=str)
     with suppress(ValueError):  # what is not a number is refused by the registry
         app.config["BUSY_TIMEOUT"] = json.loads(str(app.config["BUSY_TIMEOUT"]))
@@ -118,8 +116,8 @@ def start(app: Flask) -> None:
         registry.prepare()
         registry.check()
     except StoreUnavailable as error:
-        app.logger.warning("%s; until that is over, the answer is 503", error.in_full)
-    app.logger.info("rebind %s on %s", VERSION, registry.database.shown)
+        app.logger.warning("%s; until then, requests are answered with 503", error.in_full)
+    app.logger.info("rebind %s on %s", cli.VERSION, registry.database.shown)
 
 
 @admin.post("/api/admin/rebind/v1", provide_automatic_options=False)
@@ -186,7 +184,7 @@ def read_json() -> Any:
     try:
         return parse_json(body)
     except NotJSON as error:
-        raise BadRequest(f"the body is not JSON that can be read: {error}") from error
+        raise BadRequest(f"the body is not valid JSON: {error}") from error
 
 
 def problem(

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -33,6 +34,8 @@ from names import Criteria, QueueName
 from queues import DuplicateMessage, Loaded, QueueSummary, registry
 from schemas import NotJSON, idempotency_key, parse_json, rebind_query, rebind_request
 from store import StoreError
+
+VERSION: str = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text("utf-8"))["project"]["version"]
 
 Answer = TypeVar("Answer")
 
@@ -71,16 +74,17 @@ MIN_WIDTH = 12  # to which a column is cut at most
 # In this order the history shows what was asked.
 ASKED: list[str] = ["campaign", "tenant", "domain", "routing_domain", "data", "unset", "undo", "limit"]
 ASKED += ["trigger_rebind_event", "always_flush", "suppress_logging"]
+GAP = "  "  # between columns
 NOT_CUT = ("when", "rebind_id")  # part of an id is of no use
 
 
 class StoreCommand(click.Command):
-    """A command that says on a terminal which store it is about."""
+    """A command that says on a terminal which version it is, and which store it is about."""
 
     def invoke(self, context: click.Context) -> Any:
         """Run it. Raises click.ClickException if standard output is full."""
         if on_terminal(sys.stderr):
-            click.echo(f"store: {printable(registry.database.shown)}", err=True)
+            click.echo(f"rebind {VERSION}, store: {printable(registry.database.shown)}", err=True)
         try:
             return super().invoke(context)
         except OSError as error:
@@ -111,7 +115,7 @@ def load(files: tuple[str, ...]) -> None:
     ) as bar:
         loaded = answered(lambda: load_checked(files, bar.update))
     empty = f", {loaded.empty} of them without content" if loaded.empty else ""
-    click.echo(f"{loaded.messages} messages loaded{empty}, {loaded.discarded} discarded")
+    click.echo(f"{counted(loaded.messages, 'message')} loaded{empty}, {loaded.discarded} discarded")
 
 
 def load_checked(files: tuple[str, ...], progress: Callable[[int], None]) -> Loaded:
@@ -153,7 +157,7 @@ def criteria_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command(cls=StoreCommand)
 @criteria_options
-@click.option("--everything", is_flag=True, help="Confirm that all queues are meant, if there is no criterion.")
+@click.option("--everything", is_flag=True, help="Rebind all queues. Needed if there is no criterion.")
 @click.option("--reason", metavar="TEXT", required=True, help="Logged with every message.")
 @click.option("--data", metavar="JSON", help="The metadata to set, as a JSON object of strings.")
 @click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="Set this metadata. Repeatable.")
@@ -163,8 +167,13 @@ def criteria_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--trigger-rebind-event", is_flag=True, help="Let the policy's handlers decide.")
 @click.option("--limit", metavar="N", help="Handle at most N messages, those due soonest.")
 @click.option("--undo", metavar="REBIND_ID", help="Take back what this rebind did.")
-@click.option("--idempotency-key", "key", metavar="KEY", help="Do it once, however often it is asked with this key.")
-@click.option("--dry-run", is_flag=True, help="Only show from which queue to which queue messages would go.")
+@click.option(
+    "--idempotency-key",
+    "key",
+    metavar="KEY",
+    help="If this request was already done with this key, only repeat its answer.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan and change nothing.")
 def rebind(
     criteria: Criteria,
     everything: bool,
@@ -195,7 +204,7 @@ def rebind(
         quoted = None if key is None else json.dumps(key)
         request = rebind_request(body, rebind_query(query), idempotency_key(quoted), login())
     except NotJSON as error:
-        raise click.UsageError(f"--data is not JSON that can be read: {error}") from error
+        raise click.UsageError(f"--data is not valid JSON: {error}") from error
     except ValidationError as error:
         raise click.UsageError("; ".join(by_field(error.messages))) from error
     with progress_bar(request.trigger_rebind_event or request.undo is not None) as bar:
@@ -204,14 +213,20 @@ def rebind(
         rows = [(move.source, move.to, move.messages) for move in result.plan.moves]
         print_table(("from", "to", "messages"), rows)
         if result.plan.more:
-            click.echo(f"and {result.plan.more} more pairs of queues")
+            click.echo(f"and {counted(result.plan.more, 'more pair')} of queues")
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
     registry.database.tidy()
 
 
 @click.command(cls=StoreCommand)
 @criteria_options
-@click.option("--sort", type=click.Choice(["name", "messages", "due", "oldest"]), default="name", show_default=True)
+@click.option(
+    "--sort",
+    type=click.Choice(["name", "messages", "due", "oldest"]),
+    default="name",
+    show_default=True,
+    help="Order of the queues.",
+)
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Show only the first N queues.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def queues(criteria: Criteria, sort: str, limit: int | None, as_json: bool) -> None:
@@ -234,8 +249,9 @@ def queues(criteria: Criteria, sort: str, limit: int | None, as_json: bool) -> N
     now = time.time()
     rows = [(one.queue, one.messages, one.due, age(now - one.oldest), one.attempts) for one in shown[:limit]]
     print_table(("queue", "messages", "due", "oldest", "attempts"), rows)
-    total = f"{sum(one.messages for one in found)} messages, {sum(one.due for one in found)} due"
-    click.echo(f"{len(found)} queues, {total}" + (f"; {len(rows)} shown" if len(rows) < len(found) else ""))
+    in_all = counted(sum(one.messages for one in found), "message")
+    total = f"{counted(len(found), 'queue')}, {in_all}, {sum(one.due for one in found)} due"
+    click.echo(total + (f"; {len(rows)} shown" if len(rows) < len(found) else ""))
 
 
 @click.command(cls=StoreCommand)
@@ -255,9 +271,7 @@ def messages(criteria: Criteria, id: str | None, limit: int | None, content: boo
 
 @click.command(cls=StoreCommand)
 @click.option("--follow", is_flag=True, help="Continue with new records as they are written.")
-@click.option(
-    "--after", metavar="KEY", type=click.IntRange(0, MAX_KEY), default=0, help="Start after the record with this key."
-)
+@click.option("--after", metavar="KEY", type=click.IntRange(0), default=0, help="Start after the record with this key.")
 @click.option(
     "--type",
     metavar="TYPE",
@@ -266,7 +280,7 @@ def messages(criteria: Criteria, id: str | None, limit: int | None, content: boo
 )
 @click.option("--id", metavar="ID", type=StorableText(), help="Only records of the message with this id.")
 @click.option("--rebind-id", metavar="ID", type=StorableText(), help="Only what this rebind wrote.")
-@click.option("--since", metavar="TIME", type=Time(), help="Only records from this time on (RFC 3339; UTC).")
+@click.option("--since", metavar="TIME", type=Time(), help="Only records from this time on (RFC 3339; UTC by default).")
 @click.option("--until", metavar="TIME", type=Time(), help="Only records before this time.")
 def log(follow: bool, after: int, **wanted: Any) -> None:
     """Print the delivery log, oldest first.
@@ -276,13 +290,13 @@ def log(follow: bool, after: int, **wanted: Any) -> None:
     if follow:
         # Ctrl-C is its usual end: no KeyboardInterrupt, which a driver may turn into an error of its own.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    records = registry.records(after, POLL if follow else None, LogFilter(**wanted))
+    records = registry.records(min(after, MAX_KEY), POLL if follow else None, LogFilter(**wanted))
     while record := answered(lambda: next(records, None)):
         click.echo(json.dumps(record))
 
 
 @click.command(cls=StoreCommand)
-@click.option("--since", metavar="TIME", type=Time(), help="Only rebinds from this time on (RFC 3339; UTC).")
+@click.option("--since", metavar="TIME", type=Time(), help="Only rebinds from this time on (RFC 3339; UTC by default).")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="At most N rebinds.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with all that was asked.")
 def history(since: float | None, limit: int | None, as_json: bool) -> None:
@@ -294,7 +308,8 @@ def history(since: float | None, limit: int | None, as_json: bool) -> None:
         return
     columns = ("when", "rebind_id", "matched", "moved", "actor", "what", "reason")
     more = [{"when": f"{one['time'][:19]}Z", "what": as_options(one["request"])} for one in rebinds]
-    print_table(columns, [[(one | its)[column] for column in columns] for one, its in zip(rebinds, more, strict=True)])
+    rows = [[(one | its)[column] for column in columns] for one, its in zip(rebinds, more, strict=True)]
+    print_table(columns, rows, second_line=columns.index("actor"))
 
 
 def as_options(asked: dict[str, Any]) -> str:
@@ -311,16 +326,23 @@ def as_options(asked: dict[str, Any]) -> str:
 
 
 @click.command(cls=StoreCommand)
-@click.option("--before", metavar="TIME", type=Time(), required=True, help="What is older goes (RFC 3339; UTC).")
+@click.option(
+    "--before",
+    metavar="TIME",
+    type=Time(),
+    required=True,
+    help="Remove what is older than this time (RFC 3339; UTC by default).",
+)
 @click.option("--dry-run", is_flag=True, help="Only say how much would be removed.")
 def prune(before: float, dry_run: bool) -> None:
     """Remove old records and old history.
 
-    They are removed a few at a time, so that nobody waits. A rebind whose records are gone cannot be undone.
+    They are removed a few at a time, so that nobody waits. A rebind whose records are gone cannot be undone. Its
+    Idempotency-Key is forgotten too: the same request, sent again, is done again.
     """
     pruned = answered(lambda: registry.prune(before, dry_run))
     done = "would be removed" if dry_run else "removed"
-    click.echo(f"{pruned.records} records and {pruned.rebinds} rebinds {done}")
+    click.echo(f"{counted(pruned.records, 'record')} and {counted(pruned.rebinds, 'rebind')} {done}")
 
 
 def progress_bar(streams: bool) -> Any:
@@ -335,32 +357,46 @@ def progress_bar(streams: bool) -> Any:
     )
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table: numbers to the right; on a terminal, the widest columns of text are cut to its width."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], second_line: int | None = None) -> None:
+    """Print a table: numbers to the right; on a terminal, the widest columns of text are cut to its width.
+
+    second_line: the column with which a second line begins, if the terminal is too narrow for a whole row.
+    """
     table = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    room = shutil.get_terminal_size().columns if on_terminal(sys.stdout) else sum(widths) + 2 * len(widths)
-    cuttable = [n for n, name in enumerate(columns) if name not in NOT_CUT]
-    while sum(widths) + 2 * (len(widths) - 1) > room:
-        widest = max(cuttable, key=widths.__getitem__)
-        if widths[widest] <= MIN_WIDTH:
-            break
-        widths[widest] -= 1
     numbers = [all(isinstance(row[n], int) for row in rows) for n in range(len(columns))]
-    for line in table:
-        cells = [
-            cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell, width in zip(line, widths, strict=True)
-        ]
-        aligned = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(cells, widths, numbers, strict=True)
-        ]
-        click.echo("  ".join(aligned).rstrip())
+
+    def taken(line: range) -> int:
+        return sum(widths[n] for n in line) + len(GAP) * (len(line) - 1 + (line.start > 0))
+
+    every = range(len(columns))
+    room, lines = shutil.get_terminal_size().columns if on_terminal(sys.stdout) else taken(every), [every]
+    if second_line and taken(every) > room:
+        lines = [every[:second_line], every[second_line:]]
+    for line in lines:
+        cuttable = [n for n in line if columns[n] not in NOT_CUT]
+        while taken(line) > room and widths[widest := max(cuttable, key=widths.__getitem__)] > MIN_WIDTH:
+            widths[widest] -= 1
+    for row in table:
+        cells = list(map(fitted, row, widths, numbers))
+        for line in lines:
+            click.echo((GAP * (line.start > 0) + GAP.join(cells[n] for n in line)).rstrip())
+
+
+def fitted(cell: str, width: int, right: bool) -> str:
+    """A cell of a table, cut or filled to this width."""
+    text = cell if len(cell) <= width else f"{cell[: width - 1]}…"
+    return text.rjust(width) if right else text.ljust(width)
 
 
 def on_terminal(stream: IO[str] | None) -> bool:
     """Whether people see this standard stream as it is written. It is None if the caller closed it."""
     return stream is not None and stream.isatty()
+
+
+def counted(number: int, thing: str) -> str:
+    """How many things: 1 queue, 2 queues."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def age(seconds: float) -> str:

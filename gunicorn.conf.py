@@ -15,13 +15,12 @@ bind = "127.0.0.1:8000"
 umask = 0o007  # of a unix socket: a proxy is believed about who asks, so that nobody else may connect to it
 
 workers = 2
-# Loaded once, before the workers: where it cannot start it says so once, and ends. A new policy needs a restart.
+# Loaded once, before the workers: if it cannot start, it says so once and exits. A new policy needs a restart.
 preload_app = True
 # Its threads may take as long as they like: the timeout is for a worker that hangs as a whole, and does not show that
 # it is alive. A `sync` worker would be killed in the middle of a long rebind.
 worker_class = "gthread"
 # In each worker, app.MAX_REBINDS of them may do rebinds, or wait to. The others answer everything else meanwhile.
-# No more than SQLAlchemy's pool has connections (15): a thread would wait for one.
 threads = 12
 timeout = 30  # seconds
 max_requests = 0  # no worker is replaced for having served so many, in the middle of what its other threads do

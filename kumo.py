@@ -47,7 +47,7 @@ def read_messages(file: IO[bytes], progress: Callable[[int], None]) -> Iterator[
         for line, document in json_documents(_lines(file, progress)):
             yield from _new_messages(document, f"{file.name}:{line}")
     except NotJSON as error:
-        raise WrongFile(f"{file.name}:{error.line}: this is not JSON that can be read: {error}") from error
+        raise WrongFile(f"{file.name}:{error.line}: this is not valid JSON: {error}") from error
 
 
 def _lines(file: IO[bytes], progress: Callable[[int], None]) -> Iterator[bytes]:

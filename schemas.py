@@ -83,7 +83,7 @@ def _strictly(line: int = 1) -> Iterator[None]:
     try:
         yield
     except RecursionError:
-        raise NotJSON("it is nested too deep to read", line) from None
+        raise NotJSON("nested too deeply", line) from None
     except UnicodeDecodeError as error:
         raise NotJSON(f"it is not UTF-8: {error.reason} at byte {error.start}", line) from None
     except ValueError as error:
@@ -148,11 +148,14 @@ class StrictInteger(fields.Integer):
         return value
 
 
+FEW_KEYS = validate.Length(max=MAX_KEYS, error="Must not have more than {max} keys.")
+
+
 class RebindRequestSchema(Schema):
     """The body of a rebind. docs/contract.md, "The request". An unknown field is an error by default."""
 
     reason = text(required=True)
-    data = fields.Dict(keys=text(), values=text(), required=True, validate=validate.Length(max=MAX_KEYS))
+    data = fields.Dict(keys=text(), values=text(), required=True, validate=FEW_KEYS)
     campaign = text(allow_none=True, load_default=None)
     tenant = text(allow_none=True, load_default=None)
     domain = text(allow_none=True, load_default=None)
@@ -233,4 +236,4 @@ def _conflicts(request: RebindRequest) -> Iterator[tuple[str, list[str]]]:
     elif both := [key for key in request.unset if key in request.data]:
         yield "unset", [f"Set by data: {', '.join(map(ascii, both))}."]
     if request.undo is not None and (request.data or request.unset or request.trigger_rebind_event):
-        yield "undo", ["Needs data to be {}, and is not allowed with unset or trigger_rebind_event."]
+        yield "undo", ["data must be {}, and undo cannot be combined with unset or trigger_rebind_event."]

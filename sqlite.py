@@ -110,7 +110,7 @@ def connect_to(url: str, busy_timeout: float) -> Engine:
             raise StoreUnavailable("the database's file cannot be opened", f"{file}: {error.strerror}") from error
         first = first or (found.st_dev, found.st_ino)
         if first != (found.st_dev, found.st_ino):
-            advice = f"end all that use {file}, remove {file}-wal and {file}-shm, and start again"
+            advice = f"stop all programs that use {file}, remove {file}-wal and {file}-shm, and start them again"
             raise StoreUnavailable("the database's file was replaced while it was in use", advice)
 
     def connect() -> sqlite3.Connection:

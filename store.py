@@ -64,7 +64,7 @@ class StoreError(Exception):
 class StoreUnavailable(StoreError):
     """The database is locked, full, read-only or out of reach. Nothing was done, unless a commit's answer was lost.
 
-    Either way the same request may be sent again.
+    docs/contract.md, "Retries", says how to send the same request again.
     """
 
 
@@ -368,7 +368,9 @@ class Database:
             cause = error.__cause__
             if not (committing and isinstance(cause, DBAPIError) and cause.connection_invalidated):
                 raise
-            message = "the answer to the commit was lost: either everything was done or nothing; it may be sent again"
+            message = (
+                "the answer to the commit was lost: all was done or nothing; send it again with its Idempotency-Key"
+            )
             raise StoreUnavailable(message) from cause
 
     @contextmanager

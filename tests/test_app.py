@@ -35,7 +35,8 @@ from conftest import (
 from sqlalchemy import make_url
 
 from access import AccessError
-from app import VERSION, SettingError, create_app
+from app import SettingError, create_app
+from cli import VERSION
 from event import PolicyError
 from history import MAX_SHOWN
 from moving import MAX_MOVES
@@ -282,7 +283,7 @@ BAD_QUERIES: dict[str, dict[str, Any]] = {
     "Dry_run=true": {"Dry_run": ["Unknown field."]},
     "domain=example.com": {"domain": ["Unknown field."]},
     "unset=queue": {"unset": ["Set by data: 'queue'."]},
-    "undo=x": {"undo": ["Needs data to be {}, and is not allowed with unset or trigger_rebind_event."]},
+    "undo=x": {"undo": ["data must be {}, and undo cannot be combined with unset or trigger_rebind_event."]},
     "=": {"": ["Unknown field."]},
     "%FF=%FF": {"%FF": ["Unknown field."]},
 }
@@ -304,7 +305,7 @@ NOT_JSON = {
     "empty": (b"", "Expecting value: line 1 column 1 (char 0)"),
     "bad UTF-8": (BODY.replace(b"a test", b"\xff"), "it is not UTF-8: invalid start byte at byte 12"),
     "a key twice": (BODY[:-1] + b', "reason": ""}', "the key 'reason' is given twice in one object"),
-    "100,000 brackets": (b"[" * 100_000, "it is nested too deep to read"),
+    "100,000 brackets": (b"[" * 100_000, "nested too deeply"),
 }
 
 
@@ -312,7 +313,7 @@ NOT_JSON = {
 @pytest.mark.parametrize(("body", "reason"), NOT_JSON.values(), ids=NOT_JSON)
 @pytest.mark.usefixtures("unchanged")
 def test_a_body_that_is_not_json_is_refused(service: Service, body: bytes, reason: str) -> None:
-    assert is_problem(service.post(body), 400, f"the body is not JSON that can be read: {reason}")
+    assert is_problem(service.post(body), 400, f"the body is not valid JSON: {reason}")
 
 
 @pytest.mark.sqlite
@@ -350,7 +351,7 @@ def test_an_empty_naming_key_is_refused_and_told_how_to_remove_it(service: Servi
 @pytest.mark.usefixtures("unchanged")
 def test_more_than_1000_keys_are_refused(service: Service) -> None:
     response = service.rebind(data={str(n): "" for n in range(1001)})
-    assert is_problem(response, 422, NOT_A_REQUEST, {"data": ["Longer than maximum length 1000."]})
+    assert is_problem(response, 422, NOT_A_REQUEST, {"data": ["Must not have more than 1000 keys."]})
 
 
 @pytest.mark.sqlite
@@ -595,7 +596,7 @@ def test_what_is_set_is_text_whatever_else_it_could_be(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", ["REBIND_POLICE", "REBIND_", "REBIND_HTPASSWD__FILE"])
 def test_a_setting_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "x")
-    with pytest.raises(SettingError, match=f"there is no setting {name}$"):
+    with pytest.raises(SettingError, match=f"unknown setting {name}$"):
         create_app()
 
 
@@ -628,7 +629,7 @@ PREFIX = f"INFO in app: 127.0.0.1 POST {PATH}"
 REFUSALS: dict[str, tuple[str, bytes, str]] = {
     "a path": ("/a%0Ab%E2%80%A8%1B", b"", r"INFO in app: 127.0.0.1 POST /a\nb\u2028\x1b 404 The requested URL"),
     "a query": (f"{PATH}?%0A=%0D", BODY, f"{PREFIX}?%0A=%0D 400 {NOT_UNDERSTOOD}"),
-    "a body": (PATH, b'{"\\n": 1, "\\n": 2}', rf"{PREFIX} 400 the body is not JSON that can be read: the key '\n'"),
+    "a body": (PATH, b'{"\\n": 1, "\\n": 2}', rf"{PREFIX} 400 the body is not valid JSON: the key '\n'"),
     "a field": (PATH, b'{"\\n": 1}', f"{PREFIX} 422 {NOT_A_REQUEST}"),
 }
 

@@ -43,7 +43,7 @@ def test_log_continues_after_a_record(flask: Flask, queues: QueueRegistry) -> No
     for reason in ("1", "2", "3"):
         rebind(queues, reason)
     keys = [json.loads(record)["key"] for record in flask("log")[1].splitlines()]
-    for after, left in [(0, ["1", "2", "3"]), (keys[0], ["2", "3"]), (keys[2], []), (2**63 - 1, [])]:
+    for after, left in [(0, ["1", "2", "3"]), (keys[0], ["2", "3"]), (keys[2], []), (2**63, [])]:
         status, output, error = flask("log", "--after", str(after))
         assert (status, reasons(output), error) == (0, left, "")
 
@@ -52,11 +52,10 @@ def test_log_continues_after_a_record(flask: Flask, queues: QueueRegistry) -> No
 @pytest.mark.parametrize(
     ("after", "reason"),
     [
-        ("-1", "-1 is not in the range 0<=x<=9223372036854775807."),
-        ("9223372036854775808", "9223372036854775808 is not in the range 0<=x<=9223372036854775807."),
+        ("-1", "-1 is not in the range x>=0."),
         ("x", "'x' is not a valid integer range."),
     ],
-    ids=["negative", "too large", "no number"],
+    ids=["negative", "no number"],
 )
 def test_log_refuses_an_after_that_is_no_count(flask: Flask, after: str, reason: str) -> None:
     status, output, error = flask("log", f"--after={after}")

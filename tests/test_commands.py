@@ -34,6 +34,7 @@ from conftest import (
 from sqlalchemy import inspect, make_url
 
 from app import create_app
+from cli import VERSION
 from deliverylog import MAX_ATTEMPTS
 from event import rebind as rebind_event
 from message import Message
@@ -122,7 +123,7 @@ def test_rebind_calls_the_event(flask: Flask, queues: QueueRegistry, url: str) -
         (["--everything", "--data", "[]"], "data: Not a valid mapping type."),
         (
             ["--everything", "--data", ""],
-            "--data is not JSON that can be read: Expecting value: line 1 column 1 (char 0)",
+            "--data is not valid JSON: Expecting value: line 1 column 1 (char 0)",
         ),
         (["--everything", "--data", '{"a": 1}'], "data.a.value: Not a valid string."),
         (["--everything", "--set", "queue="], "data.queue.value: Must not be empty: ?unset=queue removes the key."),
@@ -130,7 +131,7 @@ def test_rebind_calls_the_event(flask: Flask, queues: QueueRegistry, url: str) -
         (["--tenant", "\udcff"], "tenant: a string must not contain a lone surrogate"),
         (
             ["--undo", "x", "--set", "a=1"],
-            "undo: Needs data to be {}, and is not allowed with unset or trigger_rebind_event.",
+            "undo: data must be {}, and undo cannot be combined with unset or trigger_rebind_event.",
         ),
         (
             ["--everything", "--idempotency-key", "é"],
@@ -223,9 +224,9 @@ def test_queues_are_a_table_with_a_total(flask: Flask, queues: QueueRegistry) ->
             ["spring:acme@example.com", "spring:@example.com"],
             "2 queues, 4 messages, 3 due",
         ),
-        ("--campaign spring --tenant acme", ["spring:acme@example.com"], "1 queues, 3 messages, 2 due"),
-        ("--tenant= --limit 2", ["spring:@example.com"], "1 queues, 1 messages, 1 due"),
-        ("--routing-domain r", ["acme@bücher.example!r"], "1 queues, 2 messages, 2 due"),
+        ("--campaign spring --tenant acme", ["spring:acme@example.com"], "1 queue, 3 messages, 2 due"),
+        ("--tenant= --limit 2", ["spring:@example.com"], "1 queue, 1 message, 1 due"),
+        ("--routing-domain r", ["acme@bücher.example!r"], "1 queue, 2 messages, 2 due"),
         ("--tenant nobody", [], "0 queues, 0 messages, 0 due"),
     ],
 )
@@ -368,8 +369,8 @@ def test_prune_removes_what_is_old(flask: Flask, queues: QueueRegistry, url: str
     with nothing_changes(url):
         assert flask("prune", "--before", "2001-01-01")[1] == "0 records and 0 rebinds removed\n"
         would = flask("prune", "--before", "2100-01-01", "--dry-run")
-    assert would == (0, "2 records and 1 rebinds would be removed\n", "")
-    assert flask("prune", "--before", "2100-01-01") == (0, "2 records and 1 rebinds removed\n", "")
+    assert would == (0, "2 records and 1 rebind would be removed\n", "")
+    assert flask("prune", "--before", "2100-01-01") == (0, "2 records and 1 rebind removed\n", "")
     undo = flask("rebind", "--reason", "r", "--undo", str(old.rebind_id))
     assert refused(undo) == f"the rebind {old.rebind_id} has been pruned"
     ask(queues, reason="later")
@@ -394,7 +395,7 @@ def test_no_command_creates_a_store(shell: Flask, url: str, tmp_path: Path, comm
 
 
 @pytest.mark.sqlite
-@pytest.mark.parametrize("command", sorted({command.split()[0] for command in COMMANDS}))
+@pytest.mark.parametrize("command", ["load", *sorted({command.split()[0] for command in COMMANDS})])
 def test_help_fits_into_80_columns(flask: Flask, command: str) -> None:
     status, output, error = flask(command, "--help")
     assert (status, error, max(map(len, output.splitlines())) <= 80) == (0, "", True)
@@ -427,11 +428,20 @@ def test_a_terminal_shows_the_store_and_a_table_that_fits(
         secret = make_url(url).set(password="secret").render_as_string(hide_password=False)
         monkeypatch.setattr(conftest, "PROGRAM", ["env", f"REBIND_DATABASE_URL={secret}", *PROGRAM])
     store, *table = on_a_terminal(start_command, "queues", columns=60).splitlines()
-    assert (store, [len(line) <= 60 for line in table]) == (f"store: {shown}", [True, True, True])
+    assert (store, [len(line) <= 60 for line in table]) == (f"rebind {VERSION}, store: {shown}", [True, True, True])
     assert (table[1].split()[0], "\x1b" in "".join(table)) == (f"{'x' * 26}…", False)
     rebind_id = ask(queues, {"note": "x" * 50}).rebind_id
-    history = on_a_terminal(start_command, "history", columns=80)
-    assert re.search(rf" {rebind_id} .* --set note=…  a test$", history, re.MULTILINE)
+    _, *history = on_a_terminal(start_command, "history", columns=80).splitlines()
+    note = f"--set note={'x' * 50}"
+    assert [line.split() for line in history] == [
+        ["when", "rebind_id", "matched", "moved"],
+        ["actor", "what", "reason"],
+        [history[2].split()[0], rebind_id, "1", "0"],
+        ["me", *note.split(), "a", "test"],
+    ]
+    assert max(map(len, history)) <= 80
+    assert "…" in on_a_terminal(start_command, "history", columns=77).splitlines()[-1]
+    assert len(on_a_terminal(start_command, "history", columns=200).splitlines()) == 3
 
 
 @pytest.mark.sqlite

@@ -563,7 +563,7 @@ SETTINGS = {
     "a timeout of NaN": ("REBIND_BUSY_TIMEOUT", "NaN", f"{BUSY}nan"),
     "a negative timeout": ("REBIND_BUSY_TIMEOUT", "-1", f"{BUSY}-1"),
     "a timeout of two days": ("REBIND_BUSY_TIMEOUT", "172800", f"{BUSY}172800"),
-    "a misspelt setting": ("REBIND_TRUSTED_HOST", "::1", "there is no setting REBIND_TRUSTED_HOST"),
+    "a misspelt setting": ("REBIND_TRUSTED_HOST", "::1", "unknown setting REBIND_TRUSTED_HOST"),
 }
 
 
@@ -642,8 +642,8 @@ def test_a_command_names_the_file_that_is_not_there(tmp_path: Path, command: str
 
 def warned(service: Service, reason: str) -> None:
     """Assert that the service said this, in one line, when it started."""
-    (line,) = (line for line in service.output.read_text().splitlines() if "until that is over" in line)
-    assert re.search(f"{reason}.*; until that is over, the answer is 503$", line), line
+    (line,) = (line for line in service.output.read_text().splitlines() if "until then" in line)
+    assert re.search(f"{reason}.*; until then, requests are answered with 503$", line), line
     assert "Traceback" not in service.output.read_text()
 
 
@@ -710,7 +710,9 @@ def test_a_file_that_is_replaced_is_503_and_stays_as_it_is(url: str, start: Star
         assert is_unavailable(service.rebind(data={"queue": "c"}), REPLACED)
         assert is_unavailable(service.rebind("?dry_run=true"), REPLACED)
     assert file.read_bytes() == before
-    assert f"{REPLACED}: end all that use {file}, remove {file}-wal and {file}-shm" in service.output.read_text()
+    assert (
+        f"{REPLACED}: stop all programs that use {file}, remove {file}-wal and {file}-shm" in service.output.read_text()
+    )
 
 
 REPLACED = "the database's file was replaced while it was in use"

@@ -45,7 +45,7 @@ def test_of_a_queue_those_are_claimed_first_that_have_been_due_longest(queues: Q
 
 
 def after(sql: str) -> Callable[[Claim, str], None]:
-    """What a worker in another language does with its claim, as README.md says."""
+    """What a worker in another language does with its claim, as docs/tables.md says."""
     return lambda claimed, url: run_sql(url, sql.format(id=claimed.id, lease=claimed.due))
 
 

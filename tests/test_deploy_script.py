@@ -47,7 +47,7 @@ def test_it_has_the_settings_of_the_service_and_names_who_called_sudo(rebind: Pa
         f"# The store:\n;REBIND_NOTHING=1\n  REBIND_DATABASE_URL={quote}sqlite:///{store}{quote}\n"
         f"OTHER=1\nREBIND_BUSY_TIMEOUT={quote}5{quote}"
     )
-    assert run(rebind, "load", "-", stdin=MESSAGE) == "1 messages loaded, 1 of them without content, 0 discarded\n"
+    assert run(rebind, "load", "-", stdin=MESSAGE) == "1 message loaded, 1 of them without content, 0 discarded\n"
     assert (store.exists(), store.stat().st_mode & 0o777) == (True, 0o600)
     run(rebind, "rebind", "--everything", "--reason", "all of it", SUDO_USER="ada")
     (row,) = run(rebind, "history", "--json").splitlines()

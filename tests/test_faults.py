@@ -703,7 +703,7 @@ def test_where_the_connection_is_lost_at_the_commit_the_answer_says_that_it_may_
     proxy = Proxy(url, lost)
     service = start("--workers", "1", url=proxy.url)
     proxy.losing.set()
-    lost_answer = "the answer to the commit was lost: either everything was done or nothing; it may be sent again"
+    lost_answer = "the answer to the commit was lost: all was done or nothing; send it again with its Idempotency-Key"
     assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}), lost_answer)
     assert outcome(before, url) == left
     works_again(service, url)

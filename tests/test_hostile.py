@@ -54,7 +54,7 @@ def test_about_the_depth_that_can_just_be_read_nothing_breaks(wire: Service) -> 
     for depth in range(450, 500):
         response = wire.post(BODY.replace(b'"elsewhere"', b'[{"a": ' * depth + b"0" + b"}]" * depth))
         if response.status_code == 400:
-            assert is_problem(response, 400, "the body is not JSON that can be read: it is nested too deep to read")
+            assert is_problem(response, 400, "the body is not valid JSON: nested too deeply")
         else:
             assert is_problem(response, 422, SHOULD_BE, {"data": {"queue": {"value": ["Not a valid string."]}}})
 

@@ -79,7 +79,7 @@ def ids(url: str) -> list[str]:
 
 def loaded(count: int, rest: str = "0 discarded") -> tuple[int, str, str]:
     """The outcome of a load of so many messages."""
-    return 0, f"{count} messages loaded, {rest}\n", ""
+    return 0, f"{count} message{'' if count == 1 else 's'} loaded, {rest}\n", ""
 
 
 def refused(reason: str) -> tuple[int, str, str]:
@@ -375,7 +375,7 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {
     ),
     "NaN": (b'{"a": NaN}', "NaN is not a number in JSON"),
     "a key twice": (b'{"a": 1,\n"a": 1}', "the key 'a' is given twice in one object"),
-    "nested too deep": (b"[" * 100_000, "it is nested too deep to read"),
+    "nested too deep": (b"[" * 100_000, "nested too deeply"),
     "bad UTF-8": (b'{"a": "\xff"}', "it is not UTF-8: invalid start byte at byte 7"),
     "a byte order mark in the midst": (b"\xef\xbb\xbf{}", "Expecting value: line 3 column 1"),
     "a space of Unicode": (b"\xc2\xa0", "Expecting value: line 3 column 1"),
@@ -386,14 +386,14 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize(("wrong", "reason"), NOT_JSON.values(), ids=NOT_JSON)
 def test_what_is_not_json_is_named_with_file_and_line(load: Load, url: str, wrong: bytes, reason: str) -> None:
     text = line("x").encode() + b"\n" + wrong + b"\n" + line("y").encode()
-    assert load(text) == refused(f"FILE:3: this is not JSON that can be read: {reason}")
+    assert load(text) == refused(f"FILE:3: this is not valid JSON: {reason}")
     assert stored(url) == []
 
 
 @pytest.mark.sqlite
 def test_a_file_that_ends_too_early_ends_on_its_own_line(load: Load) -> None:
     reason = "Expecting ',' delimiter: line 10 column 4"
-    assert load(f"\n\n{PRETTY[:-1]}\n\n") == refused(f"FILE:3: this is not JSON that can be read: {reason}")
+    assert load(f"\n\n{PRETTY[:-1]}\n\n") == refused(f"FILE:3: this is not valid JSON: {reason}")
 
 
 def test_a_wrong_line_is_found_without_reading_on() -> None:
@@ -549,7 +549,7 @@ def test_a_terminal_shows_that_files_are_loaded_and_how_much_of_them(start_comma
 @pytest.mark.sqlite
 def test_a_terminal_shows_that_a_pipe_is_loaded(start_command: Command) -> None:
     output, shown = on_a_terminal(start_command, "load", "-", stdin=line().encode())
-    assert output == "1 messages loaded, 0 discarded\n"
+    assert output == "1 message loaded, 0 discarded\n"
     assert "loading" in shown
     assert "%" not in shown, "nobody knows how much will come"
 

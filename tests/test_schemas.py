@@ -67,8 +67,8 @@ NOT_JSON = {
     "a key twice": (b'{"a": 1, "a": 1}', "the key 'a' is given twice in one object"),
     "a key twice inside": (b'[{"b": {"": 1, "": 2}}]', "the key '' is given twice in one object"),
     "a key twice, escaped": (rb'{"\ud800": 1, "\ud800": 1}', r"the key '\ud800' is given twice in one object"),
-    "deep lists": (b"[" * 100_000, "it is nested too deep to read"),
-    "deep objects": (b'{"a":' * 100_000, "it is nested too deep to read"),
+    "deep lists": (b"[" * 100_000, "nested too deeply"),
+    "deep objects": (b'{"a":' * 100_000, "nested too deeply"),
 }
 
 
@@ -202,7 +202,7 @@ def wrong_fields() -> Iterator[tuple[str, Any, Any]]:
     yield "data", {"a\0": "b"}, {"a\0": {"key": NUL}}
     yield "data", {"\ud800": "b"}, {"\ud800": {"key": SURROGATE}}
     yield "data", {"\ud800": "\0"}, {"\ud800": {"key": SURROGATE, "value": NUL}}
-    yield "data", {str(n): "" for n in range(1001)}, ["Longer than maximum length 1000."]
+    yield "data", {str(n): "" for n in range(1001)}, ["Must not have more than 1000 keys."]
     for key in NAMING_KEYS:
         yield "data", {key: "", "x": ""}, {key: {"value": [f"Must not be empty: ?unset={key} removes the key."]}}
     misspelt = ("campaing", "Domain", "domain ", "domain\u200b", "dom\u0430in")  # the last with a Cyrillic letter
@@ -295,7 +295,7 @@ def test_a_key_or_an_id_that_cannot_be_stored_is_refused() -> None:
 
 
 EVENT = {"trigger_rebind_event": True}
-UNDO = {"undo": ["Needs data to be {}, and is not allowed with unset or trigger_rebind_event."]}
+UNDO = {"undo": ["data must be {}, and undo cannot be combined with unset or trigger_rebind_event."]}
 CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "unset with the event": (EVENT, {"unset": "a"}, {"unset": ["Not allowed with trigger_rebind_event."]}),
     "unset of keys that data sets": (
