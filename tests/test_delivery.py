@@ -80,8 +80,23 @@ def test_a_claim_that_outlives_its_lease_does_nothing_to_a_message_that_came_lat
     assert (stored(url), contents(url), records(queues)) == before
 
 
-ON_HOLD = ["x.invalid", "a.example!hold.invalid", "INVALID", "Relay.Invalid:2525", "invalid:25", "c:t@d!hold.invalid"]
-NOT_ON_HOLD = ["notinvalid", "invalid.example", "x.invalid!relay.example", "invalid@a.example", "invalid:t@a.example"]
+ON_HOLD = [
+    "x.invalid",
+    "x.invalid!",
+    "a.example!hold.invalid",
+    "INVALID",
+    "Relay.Invalid:2525",
+    "invalid:25",
+    "c:t@d!hold.invalid",
+]
+NOT_ON_HOLD = [
+    "notinvalid",
+    "invalid.example",
+    "x.invalid!relay.example",
+    "invalid@a.example",
+    "invalid:t@a.example",
+    "a.example!",
+]
 
 
 def test_queues_on_hold_are_skipped(queues: QueueRegistry) -> None:
