@@ -69,7 +69,7 @@ class QueueRegistry:
 
     database: Database
 
-    def bind(self, url: str, busy_timeout: float) -> None:
+    def bind(self, url: str, busy_timeout: float | str) -> None:
         """Use the database at `url`, and wait at most `busy_timeout` seconds for others who use it.
 
         The database is not touched before it is used. Raises StoreUnusable.
