@@ -215,7 +215,8 @@ class Pruned(NamedTuple):
 def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
     """Remove the records and the history of before this time, in seconds since 1970.
 
-    It takes many short transactions, so that nobody waits. Undo and `--after` go on to work for what is left.
+    It takes many short transactions, and pauses after each as long as it took, so that nobody waits. Undo and `--after`
+    go on to work for what is left.
     dry_run: only count.
     Raises StoreUnavailable.
     """
@@ -224,12 +225,19 @@ def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
     with database.autocommit() as db:
         if dry_run:
             return Pruned(*(db.scalar(select(func.count()).where(where)) or 0 for where in (old, old_rebinds)))
-        first, last = db.execute(select(func.min(log.c.key), func.max(log.c.key))).one()
-    removed = 0
-    for key in range(first or 0, (last or 0) + 1, PRUNED_AT_ONCE):
-        keys = log.c.key.between(key, key + PRUNED_AT_ONCE - 1)
+    removed = done = 0
+    while (key := _next_key(database, done, old)) is not None:
+        done = key + PRUNED_AT_ONCE - 1
         with database.begin_write() as db:
-            removed += db.execute(delete(log).where(keys, old)).rowcount
+            start = time.monotonic()
+            removed += db.execute(delete(log).where(log.c.key.between(key, done), old)).rowcount
+        time.sleep(time.monotonic() - start)  # SQLite has no queue of writers: whoever waits needs time to try
     # The history goes last: until then its rows tell the time of records.
     with database.begin_write() as db:
         return Pruned(removed, db.execute(delete(rebinds).where(old_rebinds)).rowcount)
+
+
+def _next_key(database: Database, after: int, old: ColumnElement[bool]) -> int | None:
+    """The next key of a record to remove. A stretch of the log without one is only read."""
+    with database.autocommit() as db:
+        return db.scalar(select(log.c.key).where(log.c.key > after, old).order_by(log.c.key).limit(1))
