@@ -95,7 +95,9 @@ class Recipient(TypeDecorator[Any]):
         return None if value is None else recipient_text(value)
 
     def process_result_value(self, value: str | None, dialect: Any) -> str | list[str] | None:
-        return None if value is None else recipient_of(value)
+        with suppress(ValueError, RecursionError):  # a list that no sender should have written is left as it is
+            return None if value is None else recipient_of(value)
+        return value
 
 
 class TextDocument(TypeDecorator[Any]):
