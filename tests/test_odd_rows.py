@@ -13,7 +13,7 @@ from conftest import Flask, ask, engine_for, message, run_sql, stored
 
 from delivery import Outcome, claim, delivered, settle
 from event import rebind
-from message import Message, from_json, recipient_of
+from message import Message
 from queues import QueueRegistry
 from store import StoreRefused
 
@@ -22,23 +22,38 @@ OK = {"response": {"code": 250}}
 ODD: list[Any] = []
 
 
-def odd(name: str, engine: str = "", **columns: str) -> None:
-    """Add a row to the table, with these columns as SQL literals, on one engine if only that one takes it."""
+def odd(name: str, engine: str = "", readable: bool = True, **columns: str) -> None:
+    """Add a row to the table, with these columns as SQL literals, on one engine if only that one takes it.
+
+    readable: whether Python can read it.
+    """
     marks = [getattr(pytest.mark, engine)] if engine else []
-    ODD.append(pytest.param(columns, id=name, marks=marks))
+    ODD.append(pytest.param(columns, readable, id=name, marks=marks))
 
 
-odd("a number of 5,000 digits", meta=f"""'{{"n": {"1" * 5000}}}'""")
-odd("a number beyond a double", "sqlite", meta="""'{"n": 1e400}'""")
-odd("990 levels", meta=f"""'{{"n": {"[" * 990}{"]" * 990}}}'""")
-odd("3,000 levels", "postgresql", meta=f"""'{{"n": {"[" * 3000}{"]" * 3000}}}'""")
-odd("a list of recipients with a number", recipient="""'["ada@example.com", 5]'""")
-odd("a list of recipients with a list", recipient="""'[["ada@example.com"]]'""")
+def nested(levels: int) -> str:
+    return f"""{{"n": {"[" * levels}{"]" * levels}}}"""
+
+
+def can_read(document: str) -> bool:
+    """Later versions of Python read deeper nesting."""
+    try:
+        return bool(json.loads(document))
+    except RecursionError:
+        return False
+
+
+odd("a number of 5,000 digits", readable=False, meta=f"""'{{"n": {"1" * 5000}}}'""")
+odd("a number beyond a double", "sqlite", readable=False, meta="""'{"n": 1e400}'""")
+odd("990 levels", readable=can_read(nested(990)), meta=f"'{nested(990)}'")
+odd("3,000 levels", "postgresql", readable=can_read(nested(3000)), meta=f"'{nested(3000)}'")
+odd("a list of recipients with a number", readable=False, recipient="""'["ada@example.com", 5]'""")
+odd("a list of recipients with a list", readable=False, recipient="""'[["ada@example.com"]]'""")
 odd("a recipient without a domain", recipient="'Postmaster'")
 odd("half a character", "sqlite", meta="""'{"n": "\\ud800"}'""")
 odd("half a character in a name", "sqlite", meta="""'{"campaign": "\\ud800"}'""")
 odd("a sender that is not UTF-8", "sqlite", sender="CAST(x'ff' AS TEXT)")
-odd("metadata that is not UTF-8", "sqlite", meta="""CAST(x'7b226e223a22ff227d' AS TEXT)""")
+odd("metadata that is not UTF-8", "sqlite", meta="CAST(x'7b226e223a22ff227d' AS TEXT)")
 odd("a queue that is not UTF-8", "sqlite", queue="CAST(x'ff' AS TEXT)")
 odd("blanks before the metadata", meta="""' \r\n\t{"n": 1}'""")
 
@@ -51,17 +66,8 @@ class Store:
     flask: Flask
     url: str
     columns: dict[str, str]
-
-    @property
-    def readable(self) -> bool:
-        """Whether Python can read the row: a later one reads deeper nesting."""
-        literals = {name: value.strip("'") for name, value in self.columns.items() if value.startswith("'")}
-        try:
-            from_json(literals.get("meta", "{}"))
-            recipient_of(literals.get("recipient", ""))
-        except (ValueError, RecursionError):
-            return False
-        return True
+    """The row's odd ones, as SQL."""
+    readable: bool
 
     def rows(self, columns: str = "id, sender, recipient, domain, queue, meta, due, num_attempts") -> list[Any]:
         """What the messages are, as the tables hold it."""
@@ -153,14 +159,14 @@ WAYS = [by_data, by_a_dry_run, by_the_event, by_an_undo, by_queues, by_messages,
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__.replace("_", " "))
-@pytest.mark.parametrize("columns", ODD)
+@pytest.mark.parametrize(("columns", "readable"), ODD)
 def test_an_odd_row_does_not_hide_the_others(
-    queues: QueueRegistry, flask: Flask, url: str, columns: dict[str, str], way: Callable[[Store], None]
+    queues: QueueRegistry, flask: Flask, url: str, columns: dict[str, str], readable: bool, way: Callable[[Store], None]
 ) -> None:
     queues.load(message(id=id, due=1e9 + n) for n, id in enumerate(IDS))
     changes = ", ".join(f"{name} = {value}" for name, value in columns.items())
     run_sql(url, f"UPDATE messages SET {changes} WHERE id = 'odd'")
-    way(Store(queues, flask, url, columns))
+    way(Store(queues, flask, url, columns, readable))
 
 
 def test_the_outcome_of_a_claim_is_written_though_its_recipients_became_unreadable(
