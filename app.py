@@ -95,8 +95,6 @@ def read_environment(app: Flask) -> None:
     if unknown:
         raise SettingError(f"unknown setting {unknown[0]}")
     app.config.from_prefixed_env("REBIND", loads=str)
-    with suppress(ValueError):  # what is not a number is refused by the registry
-        app.config["BUSY_TIMEOUT"] = json.loads(str(app.config["BUSY_TIMEOUT"]))
 
 
 def serves() -> bool:

@@ -262,11 +262,18 @@ def queues(criteria: Criteria, sort: str, limit: int | None, as_json: bool) -> N
 def messages(criteria: Criteria, id: str | None, limit: int | None, content: bool) -> None:
     """Print messages, one JSON object per line.
 
-    With their content, they can be loaded into another store with `flask load`.
+    With their content, they can be loaded into another store with `flask load`. If one cannot be read, the others are
+    printed nevertheless.
     """
     stream = registry.messages(criteria, id, limit)
+    unreadable = 0
     while (row := answered(lambda: next(stream, None))) is not None:
-        click.echo(json.dumps(shown_message(row, content)))
+        try:
+            click.echo(json.dumps(shown_message(row, content)))
+        except (ValueError, RecursionError) as error:
+            click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
+            unreadable = 1
+    sys.exit(unreadable)
 
 
 @click.command(cls=StoreCommand)

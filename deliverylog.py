@@ -4,10 +4,12 @@ docs/contract.md, "Records". A record keeps what its message was before the rebi
 that and what the rebind changed, and is computed when the record is read.
 """
 
+import math
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, Text, and_, cast, delete, func, select, true, type_coerce
@@ -19,7 +21,18 @@ from store import Database, log, rebinds
 
 PRUNED_AT_ONCE = 5000  # keys of the log per transaction
 MAX_ATTEMPTS = 65535  # that a reader of KumoMTA's records takes
-
+OWN_FIELDS = {"key", "type", "id", "sender", "recipient", "queue", "size", "timestamp", "created", "event_time"}
+OWN_FIELDS |= {
+    "created_time",
+    "num_attempts",
+    "reception_protocol",
+    "meta",
+    "nodeid",
+    "rebind_id",
+    "old_queue",
+    "actor",
+}
+"""What a record says by its columns, and no `details` can change."""
 
 _COLUMNS: list[ColumnElement[Any]] = [
     type_coerce(log.c.recipient, Text).label("recipient"),
@@ -125,14 +138,14 @@ def _record(row: RowMapping, rebind: RowMapping | None) -> dict[str, Any]:
         "recipient": _recipient(recipient) if isinstance(recipient, str) else recipient,
         "queue": row["queue"],
         "site": "",
-        "size": row["size"],
+        "size": max(row["size"], 0),
         "response": response(250, content),
         "peer_address": None,
-        "timestamp": int(event_time or 0),
-        "created": int(row["created"]),
+        "timestamp": math.floor(event_time or 0),
+        "created": math.floor(row["created"]),
         "event_time": rfc3339(event_time or 0),
         "created_time": rfc3339(row["created"]),
-        "num_attempts": min(row["num_attempts"], MAX_ATTEMPTS),
+        "num_attempts": min(max(row["num_attempts"], 0), MAX_ATTEMPTS),
         "bounce_classification": "Uncategorized",
         "egress_pool": None,
         "egress_source": None,
@@ -165,8 +178,15 @@ def _document(text: str | None) -> Any:
 
 
 def _details(text: str | None) -> dict[str, Any]:
+    """What a worker says beside the record's own columns, if a reader of KumoMTA's records takes it."""
     details = _document(text)
-    return details if isinstance(details, dict) else {}
+    if not isinstance(details, dict):
+        return {}
+    try:
+        ip_address(str(details.get("peer_address", {})["addr"]))
+    except (TypeError, KeyError, ValueError):
+        details["peer_address"] = None
+    return {name: value for name, value in details.items() if name not in OWN_FIELDS}
 
 
 def _recipient(text: str) -> Any:
@@ -195,7 +215,8 @@ class Pruned(NamedTuple):
 def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
     """Remove the records and the history of before this time, in seconds since 1970.
 
-    It takes many short transactions, so that nobody waits. Undo and `--after` go on to work for what is left.
+    It takes many short transactions, and pauses after each as long as it took, so that nobody waits. Undo and `--after`
+    go on to work for what is left.
     dry_run: only count.
     Raises StoreUnavailable.
     """
@@ -204,12 +225,19 @@ def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
     with database.autocommit() as db:
         if dry_run:
             return Pruned(*(db.scalar(select(func.count()).where(where)) or 0 for where in (old, old_rebinds)))
-        first, last = db.execute(select(func.min(log.c.key), func.max(log.c.key))).one()
-    removed = 0
-    for key in range(first or 0, (last or 0) + 1, PRUNED_AT_ONCE):
-        keys = log.c.key.between(key, key + PRUNED_AT_ONCE - 1)
+    removed = done = 0
+    while (key := _next_key(database, done, old)) is not None:
+        done = key + PRUNED_AT_ONCE - 1
         with database.begin_write() as db:
-            removed += db.execute(delete(log).where(keys, old)).rowcount
+            start = time.monotonic()
+            removed += db.execute(delete(log).where(log.c.key.between(key, done), old)).rowcount
+        time.sleep(time.monotonic() - start)  # SQLite has no queue of writers: whoever waits needs time to try
     # The history goes last: until then its rows tell the time of records.
     with database.begin_write() as db:
         return Pruned(removed, db.execute(delete(rebinds).where(old_rebinds)).rowcount)
+
+
+def _next_key(database: Database, after: int, old: ColumnElement[bool]) -> int | None:
+    """The next key of a record to remove. A stretch of the log without one is only read."""
+    with database.autocommit() as db:
+        return db.scalar(select(log.c.key).where(log.c.key > after, old).order_by(log.c.key).limit(1))

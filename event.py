@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 from blinker import ANY, Signal
@@ -90,9 +91,9 @@ def call_handlers(handlers: Sequence[Handler], before: Message, message: Message
             changed = changes(before, message)
             if "recipient" in changed:
                 domain_of(message.recipient)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # whatever it is, the answer is a 500 and the worker lives on
+            if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
+                raise  # the Ctrl-C that ends a command arrives there and nowhere else
             raise HandlerFailed(
                 f"the handler {_name_of(handler)} failed for message {before.id}: {type(error).__name__}: {error}"
             ) from error

@@ -1,13 +1,16 @@
 """gunicorn's settings: it finds this file by itself in the folder where it is started."""
 
+import json
 import os
 import signal
 import socket
 import struct
 from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
+from gunicorn import util  # type: ignore[import-untyped]
 from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from gunicorn.workers.base import Worker  # type: ignore[import-untyped]
 
@@ -96,3 +99,18 @@ def post_request(worker: Any, request: Any) -> None:
     with suppress(OSError, ParseException):
         while left > 0 and (piece := request.body.read(STEP)):
             left -= len(piece)
+
+
+def write_problem(client: socket.socket, status: int, reason: str, message: str) -> None:
+    """Answer what gunicorn refuses by itself with a problem document, in place of its HTML page.
+
+    docs/contract.md, "Errors".
+    """
+    title = HTTPStatus(status).phrase
+    document = {"type": "about:blank", "title": title, "status": status, "detail": message or title}
+    body = json.dumps(document) + "\n"
+    headers = f"Connection: close\r\nContent-Type: application/problem+json\r\nContent-Length: {len(body)}"
+    util.write_nonblock(client, f"HTTP/1.1 {status} {title}\r\n{headers}\r\n\r\n{body}".encode())
+
+
+util.write_error = write_problem  # gunicorn has no setting for it

@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, func, insert, select
 from message import Changes, Message, from_json, recipient_of, to_json
 from moving import Plan, Row, of_rebind
 from names import ALL_QUEUES, Criteria
-from store import LAST_SECOND, Database, log, messages, rebinds
+from store import Database, log, messages, rebinds
 
 # One per host, and the same as long as the host keeps its name.
 NODEID = str(uuid.uuid5(uuid.NAMESPACE_DNS, platform.node()))
@@ -251,7 +251,5 @@ def shared_changes(asked: dict[str, Any]) -> Changes:
 
 
 def rfc3339(seconds: float) -> str:
-    """The time in UTC, as records show it."""
-    # A sender's error must not break the log; RFC 3339 ends with the year 9999.
-    seconds = min(max(seconds, 0), LAST_SECOND)
+    """The time in UTC, as records show it. The tables keep it within the years 1 to 9999."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

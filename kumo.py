@@ -18,7 +18,7 @@ from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, vali
 from marshmallow.exceptions import SCHEMA
 
 from deliverylog import MAX_ATTEMPTS
-from message import NewMessage, addresses_of, check_json, check_text, domain_of
+from message import NewMessage, addresses_of, check_json, check_text, domain_of, from_json, recipient_of
 from names import queue_name
 from schemas import NotJSON, StrictInteger, checked, json_documents, text
 from store import FIRST_SECOND, LAST_SECOND, MAX_NAME
@@ -181,12 +181,16 @@ def _created(id: str) -> float | None:
 
 
 def shown_message(row: Any, content: bool) -> dict[str, Any]:
-    """A row of `messages`, with its content as `data`, in the shape in which `read_messages` reads it."""
-    message = {"sender": row.sender, "recipient": row.recipient, "meta": row.meta, "due": _rfc3339(row.due)}
+    """A row of `registry.messages`, in the shape in which `read_messages` reads it.
+
+    Raises ValueError and RecursionError if Python cannot read it.
+    """
+    recipient, meta = recipient_of(row.recipient), from_json(row.meta)
+    message = {"sender": row.sender, "recipient": recipient, "meta": meta, "due": _rfc3339(row.due)}
     message |= {"num_attempts": min(row.num_attempts, MAX_ATTEMPTS), "created": _rfc3339(row.created)}
-    if not _is_usual(row.domain, row.recipient):
+    if not _is_usual(row.domain, recipient):
         message["domain"] = row.domain
-    if row.queue != queue_name(row.meta, row.domain):
+    if row.queue != queue_name(meta, row.domain):
         message["queue"] = row.queue
     if content and row.data is not None:
         try:

@@ -102,7 +102,7 @@ def is_same(one: Any, other: Any) -> bool:
 
 def changed_meta(meta: dict[str, Any], changes: Changes) -> dict[str, Any]:
     """The metadata with `changes` applied."""
-    if unset := changes.get("unset"):
+    if unset := {*changes.get("unset", [])}:
         meta = {key: value for key, value in meta.items() if key not in unset}
     return meta | changes.get("data", {})
 

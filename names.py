@@ -46,10 +46,14 @@ class QueueName:
         return _built(self.campaign, self.tenant, self.domain, self.routing_domain)
 
     @property
+    def site(self) -> str:
+        """The host that a worker delivers to, perhaps with a port. An empty routing domain names none."""
+        return self.routing_domain or self.domain
+
+    @property
     def on_hold(self) -> bool:
         """Whether workers skip the queue: no host can have a name in `.invalid` (RFC 6761, section 6.4)."""
-        site = self.domain if self.routing_domain is None else self.routing_domain
-        host = site.rpartition(":")[0] or site
+        host = self.site.rpartition(":")[0] or self.site
         return host.lower().rpartition(".")[2] == "invalid"
 
 

@@ -25,7 +25,7 @@ import sqlite
 from deliverylog import EVERY_RECORD, LogFilter, Pruned
 from history import RebindRequest, RebindResult
 from message import NewMessage, domain_of
-from moving import FIRST_ROWS, NewState, Row, Selection, batches, fit_in_sql, plan
+from moving import FIRST_ROWS, MESSAGE_COLUMNS, NewState, Selection, batches, fit_in_sql, plan
 from names import ALL_QUEUES, DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
 from store import Database, StoreConflict, StoreUnusable, contents, messages
 from streaming import Stream, handled, restored
@@ -69,7 +69,7 @@ class QueueRegistry:
 
     database: Database
 
-    def bind(self, url: str, busy_timeout: float) -> None:
+    def bind(self, url: str, busy_timeout: float | str) -> None:
         """Use the database at `url`, and wait at most `busy_timeout` seconds for others who use it.
 
         The database is not touched before it is used. Raises StoreUnusable.
@@ -184,8 +184,8 @@ class QueueRegistry:
 
     def messages(
         self, criteria: Criteria = ALL_QUEUES, id: str | None = None, limit: int | None = None
-    ) -> Iterator[Row]:
-        """The messages that match, or those of them that are due soonest: rows of `messages` with `data`, the content.
+    ) -> Iterator[Any]:
+        """The messages that match, or those of them that are due soonest: MESSAGE_COLUMNS and `data`, the content.
 
         They are streamed, and all are as they were at one moment. Raises StoreUnavailable.
         """
@@ -193,7 +193,7 @@ class QueueRegistry:
             matching = _matching(self.database.engine, db, criteria)
             found = Selection(matching if id is None else matching & (messages.c.id == id), limit)
             data = select(contents.c.data).where(contents.c.id == messages.c.id).scalar_subquery().label("data")
-            yield from db.execute(found.select(*messages.c, data), execution_options={"yield_per": FIRST_ROWS})
+            yield from db.execute(found.select(*MESSAGE_COLUMNS, data), execution_options={"yield_per": FIRST_ROWS})
 
     def due_queues(self, db: Connection, due: float) -> list[str]:
         """The names of the queues with a message that is due then, in seconds since 1970."""

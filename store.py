@@ -4,6 +4,7 @@ The tables are a public interface (docs/contract.md, "Messages come and go"): se
 remove them, in any language, while rebinds run. What a rebind means is in queues.py, not here.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
@@ -94,7 +95,9 @@ class Recipient(TypeDecorator[Any]):
         return None if value is None else recipient_text(value)
 
     def process_result_value(self, value: str | None, dialect: Any) -> str | list[str] | None:
-        return None if value is None else recipient_of(value)
+        with suppress(ValueError, RecursionError):  # a list that no sender should have written is left as it is
+            return None if value is None else recipient_of(value)
+        return value
 
 
 class TextDocument(TypeDecorator[Any]):
@@ -245,11 +248,13 @@ class Database:
 
     engine: the module sqlite or postgresql.
     url: SQLAlchemy's, `sqlite:///FILE` or `postgresql+psycopg://…`.
-    busy_timeout: how long a statement waits for others, in seconds.
+    busy_timeout: how long a statement waits for others, in seconds: a number, or its text as a setting gives it.
     Raises StoreUnusable.
     """
 
-    def __init__(self, engine: ModuleType, url: str, busy_timeout: float) -> None:
+    def __init__(self, engine: ModuleType, url: str, busy_timeout: Any) -> None:
+        with suppress(ValueError):  # what is not a number is refused
+            busy_timeout = json.loads(str(busy_timeout))
         if type(busy_timeout) not in (int, float) or not 0 <= busy_timeout <= MAX_WAIT:
             raise StoreUnusable(f"the busy timeout must be a number of seconds from 0 to {MAX_WAIT}: {busy_timeout!r}")
         self.engine, self._url = engine, url

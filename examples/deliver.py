@@ -26,7 +26,7 @@ from delivery import Claim, Outcome, claim, recipient_list, settle
 from deliverylog import response
 from names import QueueName
 from queues import registry
-from store import StoreUnavailable, StoreUnusable
+from store import StoreError, StoreUnavailable, StoreUnusable
 
 LEASE = 900  # seconds that a message is ours: longer than one attempt may take
 TIMEOUT = 60  # seconds for each step of an SMTP conversation
@@ -54,7 +54,7 @@ def main() -> None:
         signal.signal(number, stop)
     default = Path(__file__).parent.parent / "instance" / "queues.db"
     try:
-        busy_timeout = float(os.environ.get("REBIND_BUSY_TIMEOUT", 30))
+        busy_timeout = os.environ.get("REBIND_BUSY_TIMEOUT", "30")
         registry.bind(os.environ.get("REBIND_DATABASE_URL", f"sqlite:///{default}"), busy_timeout)
         work(options.once, dict(options.route))
     except StoreUnusable as error:
@@ -100,8 +100,7 @@ def work(once: bool, routes: dict[str, tuple[str, int]]) -> None:
 
 def attempt(message: Claim, routes: dict[str, tuple[str, int]]) -> tuple[dict[str, Any], dict[str, Reply]]:
     """Try to deliver a message. Gives what its records will say of the peer, and the reply for each recipient."""
-    name = QueueName.parse(message.queue)
-    site = name.routing_domain or name.domain
+    site = QueueName.parse(message.queue).site
     peer: dict[str, Any] = {"site": site, "peer_address": None, "delivery_protocol": "ESMTP"}
     recipients = recipient_list(message)
     try:
@@ -169,11 +168,11 @@ def write(message: Claim, peer: dict[str, Any], replies: dict[str, Reply]) -> No
         try:
             settle(message, outcomes, due)
             return
-        except StoreUnavailable as error:
+        except (StoreUnavailable, StoreUnusable) as error:  # one that is gone may come back too
             wait_for_store(error)
 
 
-def wait_for_store(error: StoreUnavailable) -> None:
+def wait_for_store(error: StoreError) -> None:
     """Say why, in one line, and wait a moment."""
     print("waiting for the store:", *str(error).split(), file=sys.stderr)
     time.sleep(PAUSE)

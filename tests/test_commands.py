@@ -2,6 +2,7 @@
 
 import fcntl
 import getpass
+import itertools
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import subprocess
 import termios
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import conftest
@@ -29,10 +31,12 @@ from conftest import (
     names,
     new_database,
     nothing_changes,
+    run_sql,
     stored,
 )
 from sqlalchemy import inspect, make_url
 
+import deliverylog
 from app import create_app
 from cli import VERSION
 from deliverylog import MAX_ATTEMPTS
@@ -182,6 +186,17 @@ def test_a_key_is_answered_once(flask: Flask, queues: QueueRegistry, url: str) -
     assert (again[0], again[0][:3], len(history(url))) == (again[1], (1, 1, 1), 1)
     another = flask(*ALL, "--set", "queue=y", "--idempotency-key", 'a "key"')
     assert refused(another) == "the Idempotency-Key was used by a different request"
+
+
+@pytest.mark.sqlite
+def test_the_actor_is_the_number_of_a_user_without_a_name(
+    flask: Flask, queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654_321)
+    assert done(flask(*ALL))[:3] == (0, 0, 0)
+    assert [row["actor"] for row in history(url)] == ["uid 987654321"]
 
 
 # flask queues
@@ -376,6 +391,47 @@ def test_prune_removes_what_is_old(flask: Flask, queues: QueueRegistry, url: str
     ask(queues, reason="later")
     after = lines(flask("log", "--after", str(last["key"])))
     assert [one["response"]["content"][-5:] for one in after] == ["later", "later"]
+
+
+def test_prune_lets_others_write_between_its_transactions_and_passes_over_what_stays(
+    flask: Flask, queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 32 records, in groups of the same age, it removes 8, at most 2 in a transaction."""
+    run_sql(url, *(record_of(event_time) for event_time in [1] * 5 + [3e9] * 12 + [1] * 3 + [3e9] * 12))
+    writers: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        writers.append(seconds)
+        run_sql(url, record_of(4e9))
+
+    clock = itertools.count()
+    monkeypatch.setattr(deliverylog, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: next(clock)))
+    monkeypatch.setattr(deliverylog, "PRUNED_AT_ONCE", 2)
+    assert flask("prune", "--before", "2001-01-01") == (0, "8 records and 0 rebinds removed\n", "")
+    assert (writers, len(lines(flask("log")))) == ([1] * 5, 32 - 8 + 5)
+
+
+def record_of(event_time: float) -> str:
+    """The statement that writes a record of this time."""
+    return (
+        "INSERT INTO log (type, id, sender, recipient, queue, size, created, num_attempts, event_time, meta) "
+        f"VALUES ('Delivery', 'm', '', 'ada@example.com', 'q', 0, 1, 0, {event_time}, '{{}}')"
+    )
+
+
+@pytest.mark.sqlite
+def test_a_time_is_in_utc_wherever_the_command_runs(shell: Flask, queues: QueueRegistry, url: str) -> None:
+    """1e9 is 2001-09-09T01:46:40Z."""
+    zone = "America/New_York"
+    run_sql(url, record_of(1e9))
+
+    def found(*options: str) -> int:
+        return len(lines(shell("log", *options, TZ=zone)))
+
+    assert found("--since", "2001-09-09T01:46:40") == found("--until", "2001-09-09T01:46:41") == 1
+    assert found("--since", "2001-09-09T01:46:41") == found("--until", "2001-09-09T01:46:40") == 0
+    pruned = [shell("prune", "--dry-run", "--before", f"2001-09-09T01:46:4{second}", TZ=zone) for second in (0, 1)]
+    assert [answer[1].split()[0] for answer in pruned] == ["0", "1"]
 
 
 # all of them

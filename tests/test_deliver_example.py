@@ -15,7 +15,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 from conftest import ROOT, Service, engine_for, free_port, message, stored, until
-from sqlalchemy import text
+from sqlalchemy import NullPool, create_engine, make_url, text
 
 from queues import QueueRegistry
 
@@ -287,6 +287,46 @@ def test_a_bad_route_is_told_in_a_line(route: str) -> None:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert re.search(f"error: argument --route: .*{re.escape(repr(route))}\n$", ended.stderr)
+
+
+def test_a_bad_timeout_is_told_in_a_line() -> None:
+    command = [sys.executable, "examples/deliver.py", "--once"]
+    environment = os.environ | {"REBIND_BUSY_TIMEOUT": "soon"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    expected = "the busy timeout must be a number of seconds from 0 to 86400: 'soon'\n"
+    assert (ended.returncode, ended.stderr) == (1, expected)
+
+
+def test_mail_that_was_taken_is_acknowledged_when_a_store_that_vanished_is_back(
+    queues: QueueRegistry, url: str, sink: Callable[..., Sink], start: Callable[..., Worker]
+) -> None:
+    queues.load([message()])
+    taking = sink()
+    taking.on_data = lambda: put_away(url, away=True)
+    worker = start("--once", f"--route=example.com={taking.address}")
+    try:
+        gone = "there is no store" if url.startswith("sqlite") else "the database cannot be used"
+        until(lambda: f"waiting for the store: {gone}" in worker.says() or worker.process.poll() is not None)
+    finally:
+        put_away(url, away=False)
+    assert worker.process.wait(60) == 0, worker.says()
+    assert (types(queues), len(taking.envelopes), stored(url)) == (["Delivery"], 1, [])
+
+
+def put_away(url: str, away: bool) -> None:
+    """Take a database from its place, or put it back there."""
+    name = str(make_url(url).database)
+    here, there = (name, f"{name}_away") if away else (f"{name}_away", name)
+    if url.startswith("sqlite"):
+        Path(here).rename(there)
+        return
+    engine_for(url).dispose()
+    other = make_url(url).set(database="template1")
+    engine = create_engine(other, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as db:
+        ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
+        db.execute(text(ended), {"name": here})
+        db.execute(text(f'ALTER DATABASE "{here}" RENAME TO "{there}"'))
 
 
 def test_a_store_out_of_reach_is_waited_for_and_mail_that_was_taken_is_not_sent_again(

@@ -7,7 +7,7 @@ import pytest
 from conftest import PATIENCE, ask, contents, engine_for, message, run_sql, stored
 from sqlalchemy import make_url, update
 
-from delivery import DISCARD, Claim, Outcome, bounced, claim, delivered, postponed, settle
+from delivery import DISCARD, Claim, Outcome, bounced, claim, delivered, postponed, recipient_list, settle
 from deliverylog import response
 from event import rebind
 from history import RebindRequest
@@ -80,8 +80,23 @@ def test_a_claim_that_outlives_its_lease_does_nothing_to_a_message_that_came_lat
     assert (stored(url), contents(url), records(queues)) == before
 
 
-ON_HOLD = ["x.invalid", "a.example!hold.invalid", "INVALID", "Relay.Invalid:2525", "invalid:25", "c:t@d!hold.invalid"]
-NOT_ON_HOLD = ["notinvalid", "invalid.example", "x.invalid!relay.example", "invalid@a.example", "invalid:t@a.example"]
+ON_HOLD = [
+    "x.invalid",
+    "x.invalid!",
+    "a.example!hold.invalid",
+    "INVALID",
+    "Relay.Invalid:2525",
+    "invalid:25",
+    "c:t@d!hold.invalid",
+]
+NOT_ON_HOLD = [
+    "notinvalid",
+    "invalid.example",
+    "x.invalid!relay.example",
+    "invalid@a.example",
+    "invalid:t@a.example",
+    "a.example!",
+]
 
 
 def test_queues_on_hold_are_skipped(queues: QueueRegistry) -> None:
@@ -142,6 +157,15 @@ def test_each_outcome_has_its_record_and_the_message_stays_for_those_who_are_tri
     ]
     queues.rebind(RebindRequest("r", {"tenant": "t"}))
     assert [row["queue"] for row in stored(url)] == ["t@two.example"]
+
+
+def test_a_recipient_who_is_named_twice_gets_one_copy(queues: QueueRegistry, url: str) -> None:
+    twice = ["ada@example.com", "bob@example.com", "ada@example.com", "bob@example.com"]
+    queues.load([message(twice)])
+    (claimed,) = claim(1, lease=60)
+    assert recipient_list(claimed) == twice[:2]
+    assert settle(claimed, [Outcome("Delivery", twice[:1], OK)], due=4e9)
+    assert [row["recipient"] for row in stored(url)] == ["bob@example.com"]
 
 
 def test_outcomes_whose_commit_was_not_answered_are_written_once(queues: QueueRegistry, url: str) -> None:

@@ -306,6 +306,21 @@ def test_what_nginx_refuses_by_itself_is_a_problem_document(site: Site, request_
     assert problem(site.send(request_))[0] == status
 
 
+@pytest.mark.parametrize(
+    ("line", "headers", "status"),
+    [
+        pytest.param("GET /", [f"X-{n}: a" for n in range(60)], 431, id="many headers"),
+        pytest.param("GET /", ["X-Forwarded-Proto: https", "X-Forwarded-Ssl: off"], 400, id="http and https"),
+        pytest.param("A /", [], 400, id="a method of one letter"),
+    ],
+)
+def test_what_gunicorn_refuses_by_itself_is_a_problem_document(
+    site: Site, line: str, headers: list[str], status: int
+) -> None:
+    request = "\r\n".join([f"{line} HTTP/1.1", "Host: a", *headers, "", ""])
+    assert problem(site.send(request))[0] == status
+
+
 def test_plain_http_is_refused(site: Site) -> None:
     assert problem(requests.get(site.base.replace("https:", "http:"), timeout=60))[0] == 400
 

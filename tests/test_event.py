@@ -1,8 +1,10 @@
 """Tests of the `rebind` event: which handlers are called, what they may do, and what comes of their failures."""
 
+import asyncio
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -338,6 +340,48 @@ def test_a_message_that_cannot_be_kept_is_the_handlers_failure(queues: QueueRegi
     failed = f"^the handler test_event.do.<locals>.handler failed for message {new.id}: (?!.*must not be called)"
     with nothing_changes(url), pytest.raises(HandlerFailed, match=failed):
         trigger(queues)
+
+
+class Unusual(BaseException):
+    """What a handler's library may raise, and is not an Exception."""
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, Unusual],
+    ids=lambda each: each.__name__,
+)
+def test_whatever_a_handler_raises_in_a_thread_of_the_server_is_its_failure(
+    queues: QueueRegistry, url: str, raised: type[BaseException]
+) -> None:
+    """gunicorn would end its worker, and with it the requests of the other threads."""
+
+    def handler(message: Message, data: dict[str, str]) -> None:
+        raise raised("no luck")
+
+    queues.load([message()])
+    rebind.connect(handler)
+    with nothing_changes(url), ThreadPoolExecutor(1) as thread:
+        error = thread.submit(trigger, queues).exception()
+    assert (type(error), str(error).endswith(f": {raised.__name__}: no luck")) == (HandlerFailed, True)
+
+
+@pytest.mark.sqlite
+def test_ctrl_c_ends_a_command_while_its_handler_runs(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    handler = rebind.connect(do("message.meta['queue'] = 'q'; raise KeyboardInterrupt"))
+    with nothing_changes(url), pytest.raises(KeyboardInterrupt):
+        trigger(queues)
+    assert rebind.handlers() == [handler]
+
+
+@pytest.mark.sqlite
+def test_a_handler_that_did_not_touch_the_recipient_is_not_blamed_for_it(queues: QueueRegistry, url: str) -> None:
+    """A sender may write one without a domain: RFC 5321, section 4.5.1."""
+    queues.load([message("Postmaster", domain="example.com")])
+    with rebind.connected_to(do("message.meta['queue'] = 'q'")):
+        assert trigger(queues).moved == 1
+    assert [(row["recipient"], row["queue"]) for row in stored(url)] == [("Postmaster", "q")]
 
 
 def test_a_policy_and_its_handlers_stay(tmp_path: Path) -> None:

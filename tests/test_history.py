@@ -38,7 +38,7 @@ from history import NODEID, KeyReused, NothingToUndo, RebindResult, UnknownRebin
 from message import Message
 from moving import Move, Plan
 from queues import QueueRegistry
-from store import StoreRefused
+from store import FIRST_SECOND, LAST_SECOND, StoreRefused
 
 METAS: list[dict[str, Any]] = [
     {"é": []},
@@ -531,6 +531,58 @@ def test_a_record_that_python_cannot_read_does_not_hide_others(queues: QueueRegi
     shown = {record["id"]: record["meta"] for record in queues.records()}
     assert shown["other"] == {"note": "x"}
     assert number in shown["huge"]
+
+
+@pytest.mark.parametrize(
+    ("details", "shown"),
+    [
+        pytest.param({"peer_address": {"name": "a", "addr": "::1"}, "site": "a", "tls_cipher": "x"}, None, id="taken"),
+        pytest.param(dict.fromkeys(deliverylog.OWN_FIELDS, 99999), {}, id="what the columns say"),
+        pytest.param({"peer_address": {"name": "a", "addr": "localhost."}}, {}, id="an address that is a name"),
+        pytest.param({"peer_address": "::1"}, {}, id="an address that is not an object"),
+        pytest.param([1], {}, id="a list"),
+    ],
+)
+def test_details_replace_defaults_and_nothing_that_a_reader_would_refuse(
+    queues: QueueRegistry, url: str, details: Any, shown: dict[str, Any] | None
+) -> None:
+    """docs/contract.md, "Records"."""
+    with engine_for(url).begin() as db:
+        for row in ({}, {"details": details}):
+            db.execute(delivery("m").values(row))
+    plain, detailed = logged(url)
+    assert detailed == plain | (details if shown is None else shown)
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        pytest.param({"num_attempts": 70_000}, {"num_attempts": 65535}, id="many attempts"),
+        pytest.param({"num_attempts": -1, "size": -5}, {"num_attempts": 0, "size": 0}, id="less than nothing"),
+        pytest.param(
+            {"created": -0.5, "event_time": FIRST_SECOND},
+            {
+                "created": -1,
+                "created_time": "1969-12-31T23:59:59.500000Z",
+                "timestamp": FIRST_SECOND,
+                "event_time": "0001-01-01T00:00:00.000000Z",
+            },
+            id="before 1970",
+        ),
+        pytest.param(
+            {"created": LAST_SECOND},
+            {"created": LAST_SECOND, "created_time": "9999-12-31T23:59:59.000000Z"},
+            id="the last second",
+        ),
+    ],
+)
+def test_numbers_and_times_of_a_record_are_those_that_its_readers_take(
+    queues: QueueRegistry, url: str, columns: dict[str, Any], shown: dict[str, Any]
+) -> None:
+    with engine_for(url).begin() as db:
+        db.execute(delivery("m").values(columns))
+    (record,) = logged(url)
+    assert record == record | shown
 
 
 # Following the log

@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
+from http import HTTPStatus
 
 import pytest
 from conftest import PATH, Service, done, is_problem, message, nothing_changes, start_service, stop_service, until
@@ -167,6 +168,8 @@ REFUSED: dict[str, tuple[int, bytes]] = {
     "an asterisk": (404, head(LENGTH, line=b"OPTIONS * HTTP/1.1") + BODY),
     "no version": (400, on_path(b"POST %s\r\n\r\n")),
     "another version": (400, head(LENGTH, line=on_path(b"POST %s HTTP/2.0")) + BODY),
+    "a method of one letter": (400, head(LENGTH, line=on_path(b"A %s HTTP/1.1")) + BODY),
+    "a method of 21 letters": (400, head(LENGTH, line=on_path(b"A" * 21 + b" %s HTTP/1.1")) + BODY),
     "a method in lower case": (400, head(LENGTH, line=on_path(b"post %s HTTP/1.1")) + BODY),
     "a beginning of HTTP/2": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)),
     # No HTTP at all
@@ -177,13 +180,29 @@ REFUSED: dict[str, tuple[int, bytes]] = {
 
 
 def exchange(service: Service, raw: bytes) -> list[int]:
-    """Send bytes as they stand, and say that nothing more will come. Returns the statuses of the answers."""
+    """Send bytes as they stand, and say that nothing more will come. Returns the statuses of the answers.
+
+    Asserts that each refusal is a problem document.
+    """
     with socket.create_connection(service.address, timeout=60) as connection:
         # It may be closed before all is sent.
         with suppress(OSError):
             connection.sendall(raw)
             connection.shutdown(socket.SHUT_WR)
-        return [int(status) for status in re.findall(rb"^HTTP/1\.\d (\d+) ", received(connection), re.MULTILINE)]
+        answers = re.split(rb"^(?=HTTP/1\.\d \d+ )", received(connection), flags=re.MULTILINE)[1:]
+    return [status_of(answer) for answer in answers]
+
+
+def status_of(answer: bytes) -> int:
+    status = int(answer.split()[1])
+    if status != 200:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert b"\r\nContent-Type: application/problem+json\r\n" in head
+        problem = json.loads(body)
+        assert (problem["status"], problem["title"]) == (status, HTTPStatus(status).phrase)
+        assert {*problem} == {"type", "title", "status", "detail"}
+        assert problem["detail"]
+    return status
 
 
 def received(connection: socket.socket) -> bytes:
