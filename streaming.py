@@ -64,7 +64,7 @@ class Stream:
         try:
             size, _ = len(queue.encode()), f"{sender}{recipient}{domain}{meta}".encode()
         except UnicodeEncodeError as error:  # SQLite kept it
-            raise StoreRefused(f"message {id} cannot be stored: it contains a lone surrogate") from error
+            raise StoreRefused(f"the message {id} cannot be stored: it contains a lone surrogate") from error
         if size > MAX_NAME:  # the table refuses it too, but not in a dry run
             raise StoreRefused(TOO_LONG)
         if self._request.always_flush or queue != old_queue:
