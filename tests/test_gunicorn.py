@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import PATH, Service, engine_for, logged, message, start_service, stop_service, stored, until
+from conftest import PATH, Service, engine_for, logged, message, start_service, stop_service, stored, until, workers
 from slow import MESSAGES, POLICY, slow_rebind
 
 from app import MAX_REBINDS
@@ -54,12 +54,6 @@ def idle(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
     service = start_service(folder, url, XDG_RUNTIME_DIR=str(folder / "run"))
     yield service
     stop_service(service)
-
-
-def workers(service: Service) -> set[int]:
-    """The process ids of gunicorn's workers."""
-    pid = service.process.pid
-    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def ledger(url: str) -> tuple[dict[str, int], int]:

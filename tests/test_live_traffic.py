@@ -26,6 +26,7 @@ from conftest import (
     Service,
     Start,
     ask,
+    contents,
     counts,
     done,
     engine_for,
@@ -270,6 +271,22 @@ def test_a_rebind_does_not_keep_workers_from_what_it_does_not_match(
         assert [each.id for each in claim(10, lease=60)] == ["free"], "what the rebind holds is passed over"
     assert done(answer.result()) == (3, 3, 3)
     assert {row["id"] for row in stored(url) if row["queue"] == "new"} == {each.id for each in matched}
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_a_rebind_does_not_keep_senders_from_adding_contents(
+    service: Service, queues: QueueRegistry, url: str, event: bool
+) -> None:
+    """A content refers to its message, whose key no rebind changes."""
+    queues.load([message(id="first", due=1.0), message(id="last", due=2.0)])
+    run_sql(url, "DELETE FROM contents")
+    with ThreadPoolExecutor() as pool, holding(url, "last") as holder:
+        answer = pool.submit(service.rebind, "?limit=2", data={"queue": "new"}, trigger_rebind_event=event)
+        until(lambda: len(holder.waiting()) == 1)
+        run_sql(url, "INSERT INTO contents VALUES ('first', 'Hello')")
+    assert done(answer.result()) == (2, 2, 2)
+    assert contents(url) == {"first": b"Hello"}
 
 
 @pytest.mark.postgresql
