@@ -4,20 +4,17 @@ While the database cannot be used, the answer is 503 with Retry-After; afterward
 What does not pass by itself ends the start, in one line. docs/contract.md, "Errors".
 """
 
-import ctypes
 import itertools
 import os
 import re
 import shutil
-import socket
 import sqlite3
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +27,7 @@ from conftest import (
     POSTGRESQL_BIN,
     ROOT,
     Flask,
+    Link,
     Service,
     Start,
     ask,
@@ -190,64 +188,6 @@ def with_options(url: str, **options: str) -> str:
 
 
 # A host that vanishes
-
-
-class Link:
-    """A TCP connection's way to PostgreSQL. When it is down no packet is answered, as if the cable were pulled."""
-
-    def __init__(self, url: str) -> None:
-        self._server = f"{make_url(url).query['host']}/.s.PGSQL.5432"
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._ends: list[socket.socket] = [self._listener]
-        self._is_up = threading.Event()
-        self._is_up.set()
-        here = make_url(url).set(host="127.0.0.1", port=self._listener.getsockname()[1], query={})
-        self.url = here.render_as_string(hide_password=False)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def down(self) -> None:
-        """Let the kernel drop what comes, unacknowledged, and forward nothing."""
-        self._is_up.clear()
-        program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # return 0: keep no byte of a packet
-        filter = struct.pack("HP", 1, ctypes.addressof(program))
-        for end in self._ends:
-            end.setsockopt(socket.SOL_SOCKET, 26, filter)  # SO_ATTACH_FILTER
-
-    def up(self) -> None:
-        for end in self._ends:
-            end.setsockopt(socket.SOL_SOCKET, 27, 0)  # SO_DETACH_FILTER
-        self._is_up.set()
-
-    def close(self) -> None:
-        self._is_up.set()
-        for end in self._ends:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, server = self._listener.accept()[0], socket.socket(socket.AF_UNIX)
-                server.connect(self._server)
-                self._ends.append(client)
-                for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
-
-    def _carry(self, source: socket.socket, to: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                self._is_up.wait()
-                to.sendall(data)
-        with suppress(OSError):
-            to.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.fixture
-def link(url: str) -> Iterator[Link]:
-    link = Link(url)
-    yield link
-    link.close()
 
 
 @pytest.mark.postgresql
@@ -583,6 +523,7 @@ URLS = {
     "no right to create": (AT, "the database cannot be used: permission denied for schema closed", "reader"),
     "no schema": (AT, "the database cannot be used: no schema has been selected", "lost"),
     "SQL_ASCII": (AT, "the encoding of the database is SQL_ASCII: it must be UTF8", "", "ascii"),
+    "UTF-16": ("sqlite:///{folder}/utf-16.db", "the encoding of the database is UTF-16le: it must be UTF-8"),
     "in memory": ("sqlite:///:memory:", "the database URL cannot be used: "),
     "without a file": ("sqlite://", "the database URL cannot be used: "),
     "in memory by file:": ("sqlite:///file::memory:?cache=shared&uri=true", "the database URL cannot be used: "),
@@ -602,6 +543,7 @@ SETTINGS = {
     "a timeout of NaN": ("REBIND_BUSY_TIMEOUT", "NaN", f"{BUSY}nan"),
     "a negative timeout": ("REBIND_BUSY_TIMEOUT", "-1", f"{BUSY}-1"),
     "a timeout of two days": ("REBIND_BUSY_TIMEOUT", "172800", f"{BUSY}172800"),
+    "proxies that are a word": ("REBIND_PROXIES", "many", "REBIND_PROXIES must be a whole number: 'many'"),
     "a misspelt setting": ("REBIND_TRUSTED_HOST", "::1", "there is no setting REBIND_TRUSTED_HOST"),
 }
 
@@ -648,6 +590,7 @@ def test_a_database_that_never_can_be_used_ends_the_start_and_any_command_with_o
     (tmp_path / "file").touch()
     (tmp_path / "text").write_text("no database" * 1000)
     run_sql(f"sqlite:///{tmp_path}/old.db", "CREATE TABLE messages (key)")
+    run_sql(f"sqlite:///{tmp_path}/utf-16.db", "PRAGMA encoding = 'UTF-16le'", "CREATE TABLE mine (a)")
     ends_with_one_line(start(url=url), reason)
     fails_with_one_line(shell("load", "/dev/null", REBIND_DATABASE_URL=url), reason)
 
@@ -678,10 +621,13 @@ def warned(service: Service, reason: str) -> None:
     assert "Traceback" not in service.output.read_text()
 
 
-def test_no_connection_is_carried_into_the_workers(url: str, start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prepared", [True, False], ids=["", "locked at the start"])
+def test_no_connection_is_carried_into_the_workers(url: str, start: Start, tmp_path: Path, prepared: bool) -> None:
     """Two processes would speak on it at once. All have been forked, and none has had a request."""
     with new_database(url, tmp_path) as new:
-        service = start(url=new)
+        with nullcontext() if prepared else locked(new):
+            service = start(url=new, REBIND_BUSY_TIMEOUT="0.2")
+        engine_for(new).dispose()
         until(lambda: len(workers(service)) == 2)
         for process in (service.process.pid, *workers(service)):
             files = {link.readlink().name for link in Path(f"/proc/{process}/fd").iterdir()}

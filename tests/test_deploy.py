@@ -32,6 +32,7 @@ from slow import MESSAGES, POLICY, slow_rebind
 from app import MAX_BODY
 from queues import QueueRegistry
 
+pytestmark = pytest.mark.slow  # each starts a program
 DEPLOY = ROOT / "deploy"
 SERVICE_FILE = DEPLOY / "rebind.service"
 TRUSTED, UNTRUSTED = "127.0.0.2", "127.0.0.3"
@@ -341,7 +342,6 @@ def test_a_request_is_sent_once_even_when_its_upstream_ends(doubled: tuple[Site,
     assert select.select(upstreams, [], [], 0)[0] == []
 
 
-@pytest.mark.slow
 def test_a_rebind_may_take_longer_than_nginx_waits_by_default(
     site: Site, default_port: int, queues: QueueRegistry, url: str, tmp_path: Path
 ) -> None:
@@ -382,7 +382,6 @@ def test_systemd_gives_a_rebind_longer_than_gunicorn_does() -> None:
     assert int(stop) > runpy.run_path(str(ROOT / "gunicorn.conf.py"))["graceful_timeout"]
 
 
-@pytest.mark.slow
 def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) -> None:
     """As Type=notify asks for."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -393,7 +392,6 @@ def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) ->
         stop_service(service)
 
 
-@pytest.mark.slow
 def test_the_service_writes_nothing_into_its_own_folder(url: str, tmp_path: Path) -> None:
     """The sandbox lets it read the code, and no more."""
     for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):

