@@ -217,28 +217,22 @@ def problem(response: requests.Response) -> tuple[int, str]:
     return response.status_code, document["detail"]
 
 
-def test_a_trusted_peer_may_ask_and_is_named_in_the_records(site: Site, queues: QueueRegistry, url: str) -> None:
+@pytest.mark.parametrize(
+    ("peer", "auth", "actor"),
+    [
+        pytest.param(TRUSTED, None, TRUSTED, id="trusted"),
+        pytest.param(UNTRUSTED, None, None, id="untrusted"),
+        pytest.param(UNTRUSTED, ("ada", "secret"), "ada", id="untrusted with credentials"),
+        pytest.param(UNTRUSTED, ("ada", "guess"), None, id="untrusted with a wrong password"),
+    ],
+)
+def test_who_may_ask_is_named_in_the_records(
+    site: Site, queues: QueueRegistry, url: str, peer: str, auth: Any, actor: str | None
+) -> None:
     queues.load([message()])
-    assert site.rebind(TRUSTED).status_code == 200
-    assert [record["actor"] for record in logged(url)] == [TRUSTED]
-
-
-def test_an_untrusted_peer_may_not(site: Site, queues: QueueRegistry, url: str) -> None:
-    queues.load([message()])
-    assert problem(site.rebind(UNTRUSTED))[0] == 401
-    assert logged(url) == []
-
-
-def test_an_untrusted_peer_with_credentials_may(site: Site, queues: QueueRegistry, url: str) -> None:
-    queues.load([message()])
-    assert site.rebind(UNTRUSTED, auth=("ada", "secret")).status_code == 200
-    assert [record["actor"] for record in logged(url)] == ["ada"]
-
-
-def test_an_untrusted_peer_with_a_wrong_password_may_not(site: Site, queues: QueueRegistry, url: str) -> None:
-    queues.load([message()])
-    assert problem(site.rebind(UNTRUSTED, auth=("ada", "guess")))[0] == 401
-    assert logged(url) == []
+    answer = site.rebind(peer, auth=auth)
+    assert answer.status_code == 200 if actor else problem(answer)[0] == 401
+    assert [record["actor"] for record in logged(url)] == ([actor] if actor else [])
 
 
 @pytest.mark.parametrize("spoofed", [TRUSTED, f"{UNTRUSTED}, {TRUSTED}", f"{TRUSTED}, {UNTRUSTED}", "127.0.0.1"])

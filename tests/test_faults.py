@@ -565,20 +565,6 @@ def test_a_rebind_whose_client_has_gone_is_finished(
     works_again(service, url)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", range(3))
-def test_of_a_client_that_goes_in_the_middle_of_its_request_nothing_is_done(
-    service: Service, before: Books, url: str, moment: int
-) -> None:
-    whole = wire(service, {"data": {"queue": "b"}})
-    body = whole.index(b"{")
-    cut = random.Random(SEED + moment).randrange(body, len(whole))
-    with answered(service), socket.create_connection(service.address) as client:
-        client.sendall(whole[:cut])
-    assert outcome(before, url) == "nothing"
-    works_again(service, url)
-
-
 # Two rebinds at once
 
 

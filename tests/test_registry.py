@@ -39,7 +39,6 @@ from queues import DuplicateMessage, Loaded, QueueRegistry, QueueSummary
 from store import MAX_NAME, StoreRefused
 
 FLAGS = ("trigger_rebind_event", "always_flush", "suppress_logging")
-SLOW_EVENT = pytest.param(True, marks=pytest.mark.slow)
 BY_DATA_AND_BY_EVENT = pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 
 
@@ -209,41 +208,6 @@ def test_numbers_and_booleans_stay_what_they_are(queues: QueueRegistry, url: str
     assert {key: repr(value) for key, value in found.items()} == {
         key: repr(value) for key, value in (meta | {"a": "b"}).items()
     }
-
-
-@pytest.mark.parametrize(
-    ("meta", "data", "name"),
-    [
-        ({}, {"campaign": "c"}, "c:@example.com"),
-        ({}, {"tenant": "t"}, "t@example.com"),
-        ({}, {"routing_domain": "r"}, "example.com!r"),
-        ({"tenant": "t"}, {"campaign": "c"}, "c:t@example.com"),
-        ({"tenant": "t", "campaign": "c"}, {"tenant": ""}, "c:@example.com"),
-        (
-            {"tenant": "t", "campaign": "c"},
-            {"campaign": "d", "tenant": "u", "routing_domain": "r"},
-            "d:u@example.com!r",
-        ),
-        ({"tenant": "t"}, {"other": "x"}, "t@example.com"),
-        ({"queue": "pinned"}, {"campaign": "c"}, "pinned"),
-        ({"queue": "pinned", "campaign": "c"}, {"queue": "other"}, "other"),
-        ({"campaign": "c"}, {"queue": ""}, ""),
-        ({"campaign": "c"}, {"queue": "null"}, "null"),
-        ({"queue": None, "campaign": 1, "tenant": ["t"]}, {"routing_domain": "r"}, "example.com!r"),
-        ({"queue": {"a": "b"}}, {}, "example.com"),
-        ({"queue": 1}, {"queue": "now"}, "now"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("event", [False, SLOW_EVENT], ids=["data", "event"])
-def test_the_queue_is_named_again(
-    queues: QueueRegistry, url: str, event: bool, meta: dict[str, Any], data: dict[str, str], name: str
-) -> None:
-    queues.load([message(meta=meta)])
-    moved = names(url) != [name]
-    with rebind.connected_to(set_data):
-        assert counts(ask(queues, data, trigger_rebind_event=event)) == (1, moved, moved)
-    assert (names(url), metas(url)) == ([name], [meta | data])
 
 
 def test_a_pinned_message_stays_when_its_campaign_changes(queues: QueueRegistry, url: str) -> None:
