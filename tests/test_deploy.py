@@ -32,6 +32,7 @@ from slow import MESSAGES, POLICY, slow_rebind
 from app import MAX_BODY
 from queues import QueueRegistry
 
+pytestmark = pytest.mark.slow  # each starts a program
 DEPLOY = ROOT / "deploy"
 SERVICE_FILE = DEPLOY / "rebind.service"
 TRUSTED, UNTRUSTED = "127.0.0.2", "127.0.0.3"
@@ -216,28 +217,22 @@ def problem(response: requests.Response) -> tuple[int, str]:
     return response.status_code, document["detail"]
 
 
-def test_a_trusted_peer_may_ask_and_is_named_in_the_records(site: Site, queues: QueueRegistry, url: str) -> None:
+@pytest.mark.parametrize(
+    ("peer", "auth", "actor"),
+    [
+        pytest.param(TRUSTED, None, TRUSTED, id="trusted"),
+        pytest.param(UNTRUSTED, None, None, id="untrusted"),
+        pytest.param(UNTRUSTED, ("ada", "secret"), "ada", id="untrusted with credentials"),
+        pytest.param(UNTRUSTED, ("ada", "guess"), None, id="untrusted with a wrong password"),
+    ],
+)
+def test_who_may_ask_is_named_in_the_records(
+    site: Site, queues: QueueRegistry, url: str, peer: str, auth: Any, actor: str | None
+) -> None:
     queues.load([message()])
-    assert site.rebind(TRUSTED).status_code == 200
-    assert [record["actor"] for record in logged(url)] == [TRUSTED]
-
-
-def test_an_untrusted_peer_may_not(site: Site, queues: QueueRegistry, url: str) -> None:
-    queues.load([message()])
-    assert problem(site.rebind(UNTRUSTED))[0] == 401
-    assert logged(url) == []
-
-
-def test_an_untrusted_peer_with_credentials_may(site: Site, queues: QueueRegistry, url: str) -> None:
-    queues.load([message()])
-    assert site.rebind(UNTRUSTED, auth=("ada", "secret")).status_code == 200
-    assert [record["actor"] for record in logged(url)] == ["ada"]
-
-
-def test_an_untrusted_peer_with_a_wrong_password_may_not(site: Site, queues: QueueRegistry, url: str) -> None:
-    queues.load([message()])
-    assert problem(site.rebind(UNTRUSTED, auth=("ada", "guess")))[0] == 401
-    assert logged(url) == []
+    answer = site.rebind(peer, auth=auth)
+    assert answer.status_code == 200 if actor else problem(answer)[0] == 401
+    assert [record["actor"] for record in logged(url)] == ([actor] if actor else [])
 
 
 @pytest.mark.parametrize("spoofed", [TRUSTED, f"{UNTRUSTED}, {TRUSTED}", f"{TRUSTED}, {UNTRUSTED}", "127.0.0.1"])
@@ -356,7 +351,6 @@ def test_a_request_is_sent_once_even_when_its_upstream_ends(doubled: tuple[Site,
     assert select.select(upstreams, [], [], 0)[0] == []
 
 
-@pytest.mark.slow
 def test_a_rebind_may_take_longer_than_nginx_waits_by_default(
     site: Site, default_port: int, queues: QueueRegistry, url: str, tmp_path: Path
 ) -> None:
@@ -397,7 +391,6 @@ def test_systemd_gives_a_rebind_longer_than_gunicorn_does() -> None:
     assert int(stop) > runpy.run_path(str(ROOT / "gunicorn.conf.py"))["graceful_timeout"]
 
 
-@pytest.mark.slow
 def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) -> None:
     """As Type=notify asks for."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -408,7 +401,6 @@ def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) ->
         stop_service(service)
 
 
-@pytest.mark.slow
 def test_the_service_writes_nothing_into_its_own_folder(url: str, tmp_path: Path) -> None:
     """The sandbox lets it read the code, and no more."""
     for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):

@@ -55,11 +55,10 @@ def test_without_a_handler_the_event_is_refused(queues: QueueRegistry, url: str)
 @pytest.mark.sqlite
 def test_without_the_event_no_handler_is_called(queues: QueueRegistry) -> None:
     called: list[str] = []
-    handler = rebind.connect(lambda message, data: called.append(message.id), weak=False)
+    rebind.connect(lambda message, data: called.append(message.id), weak=False)
     queues.load([message()])
     ask(queues)
     assert called == []
-    assert rebind.handlers() == [handler]
 
 
 @pytest.mark.sqlite
@@ -69,11 +68,11 @@ def test_handlers_are_called_in_the_order_in_which_they_were_connected(queues: Q
     def numbered(number: int) -> Handler:
         return lambda message, data: called.append(number)
 
-    handlers = [rebind.connect(numbered(number)) for number in range(30)]
+    for number in range(30):
+        rebind.connect(numbered(number), weak=False)
     queues.load([message()])
     trigger(queues)
     assert called == list(range(30))
-    assert rebind.handlers() == handlers
 
 
 def test_a_handler_that_is_connected_again_keeps_its_place(queues: QueueRegistry) -> None:
@@ -126,9 +125,10 @@ def test_a_handler_gets_the_message_and_the_data(queues: QueueRegistry, url: str
 
 
 def test_a_handler_may_change_meta_and_the_envelope(queues: QueueRegistry, url: str) -> None:
-    handler = rebind.connect(
-        do("message.sender, message.recipient, message.meta = '', ['bob@Two.example', 'cyd@three.example'], {'é': [1]}")
+    change = (
+        "message.sender, message.recipient, message.meta = '', ['bob@Two.example', 'cyd@three.example'], {'é': [1]}"
     )
+    rebind.connect(do(change), weak=False)
     queues.load([message(meta={"tenant": "t"})])
     (before,) = stored(url)
     assert counts(trigger(queues)) == (1, 1, 1)
@@ -142,38 +142,30 @@ def test_a_handler_may_change_meta_and_the_envelope(queues: QueueRegistry, url: 
         "due": row["due"],
     }
     assert row["due"] > before["due"]
-    assert rebind.handlers() == [handler]
 
 
 def test_handlers_alone_decide_what_becomes_of_data(queues: QueueRegistry, url: str) -> None:
-    handler = rebind.connect(do("pass"))
+    rebind.connect(do("pass"), weak=False)
     queues.load([message(meta={"tenant": "t"})])
     before = stored(url)
     assert trigger(queues, tenant="other").moved == 0
     assert stored(url) == before
-    assert rebind.handlers() == [handler]
 
 
 def test_a_message_that_a_handler_leaves_alone_is_logged(queues: QueueRegistry) -> None:
-    handler = rebind.connect(do("pass"))
+    rebind.connect(do("pass"), weak=False)
     queues.load([message()])
     trigger(queues)
     assert [(record["old_queue"], record["queue"]) for record in queues.records()] == [("example.com", "example.com")]
-    assert rebind.handlers() == [handler]
 
 
 def test_what_a_handler_may_only_read_stays(queues: QueueRegistry, url: str) -> None:
-    handler = rebind.connect(
-        do(
-            "message.id, message.queue = 'x', 'x'\n"
-            "message.size, message.created, message.due, message.num_attempts = 9, 9, 9, 9"
-        )
-    )
+    change = "message.id, message.queue, message.size = 'x', 'x', 9; message.created = message.due = 9"
+    rebind.connect(do(f"{change}; message.num_attempts = 9"), weak=False)
     queues.load([message()])
     before = stored(url)
     trigger(queues)
     assert stored(url) == before
-    assert rebind.handlers() == [handler]
 
 
 @pytest.mark.sqlite
@@ -236,12 +228,11 @@ def test_a_handler_may_set_a_string_of_a_class_of_its_own(queues: QueueRegistry,
 
 def test_each_message_comes_once(queues: QueueRegistry) -> None:
     ids: list[str] = []
-    handler = rebind.connect(lambda message, data: ids.append(message.id), weak=False)
+    rebind.connect(lambda message, data: ids.append(message.id), weak=False)
     new = [message(meta={"tenant": str(n % 3)}, due=float(100 - n)) for n in range(20)]
     queues.load(new)
     trigger(queues)
     assert sorted(ids) == sorted(each.id for each in new)
-    assert rebind.handlers() == [handler]
 
 
 def test_a_handler_that_raises_is_named_and_changes_nothing(queues: QueueRegistry, url: str) -> None:

@@ -34,6 +34,7 @@ from conftest import (
     PATH,
     PATIENCE,
     ROOT,
+    Link,
     Service,
     Start,
     ask,
@@ -45,25 +46,24 @@ from conftest import (
     history,
     is_problem,
     is_unavailable,
+    listening,
     logged,
     message,
     new_database,
-    run_sql,
-    start_service,
-    stop_service,
     stored,
     until,
+    workers,
 )
 from doomed import before_each_statement
 from slow import POLICY, SlowRebind, held
-from sqlalchemy import Engine, event, make_url, text
+from sqlalchemy import make_url, text
 
 from event import rebind
 from history import RebindResult
 from message import Message
 from moving import BATCH
 from queues import QueueRegistry
-from store import StoreUnavailable, StoreUnusable
+from store import StoreUnavailable
 
 SEED = 11
 MOMENTS = 20  # at each of which a worker is killed
@@ -152,18 +152,15 @@ def fill(queues: QueueRegistry, url: str, count: int = MESSAGES) -> Books:
 
 
 @pytest.fixture(scope="module")
-def gunicorn(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def gunicorn(shared: Start) -> Service:
     """One worker, so that it is known which to kill, with the handler of slow_policy.py."""
-    service = start_service(tmp_path_factory.mktemp("faults"), url, "--workers", "1", REBIND_POLICY=POLICY)
-    yield service
-    stop_service(service)
+    return shared("--workers", "1", REBIND_POLICY=POLICY)
 
 
 def worker(service: Service) -> int:
     """The process id of gunicorn's one worker, when there is one."""
-    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
-    until(lambda: len(children.read_text().split()) == 1)
-    return int(children.read_text())
+    until(lambda: len(workers(service)) == 1)
+    return min(workers(service))
 
 
 @contextmanager
@@ -286,16 +283,6 @@ def test_a_process_that_kills_itself_leaves_all_or_nothing_and_the_retry_gives_t
 
 def move(message: Message, data: dict[str, str]) -> None:
     message.meta["queue"] = data["queue"]
-
-
-@contextmanager
-def listening(name: str, listener: Callable[..., None]) -> Iterator[None]:
-    """While this lasts, SQLAlchemy calls the listener, whatever the connection."""
-    event.listen(Engine, name, listener)
-    try:
-        yield
-    finally:
-        event.remove(Engine, name, listener)
 
 
 def attempted(queues: QueueRegistry, asked: Ask) -> RebindResult | Exception:
@@ -521,29 +508,15 @@ def test_a_database_that_another_process_locks_is_503_and_works_again_when_that_
 def test_a_service_that_starts_while_its_database_is_locked_works_when_it_no_longer_is(
     before: Books, url: str, start: Start
 ) -> None:
-    """Also in both workers at once: neither goes on with a connection that was opened before they were forked."""
     at_start = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_lock(hashtext('rebind'))"}
     with another_process(url, at_start[make_url(url).get_backend_name()]):
         service = start(REBIND_BUSY_TIMEOUT="0.5")
         assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}))
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: service.rebind("?dry_run=true", domain="a"), range(40)))
-    assert [each.headers["Rebind-Matched"] for each in answers] == [f"{MESSAGES}"] * 40
     assert outcome(before, url) == "nothing"
     works_again(service, url)
 
 
 # Of another encoding
-
-
-def test_a_database_that_cannot_keep_any_text_is_refused(queues: QueueRegistry, url: str, tmp_path: Path) -> None:
-    """In UTF-16 names would be in another order, and with Latin-1 some criteria could not be asked for."""
-    with new_database(url, tmp_path, "TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'") as other:
-        if url.startswith("sqlite"):
-            run_sql(other, "PRAGMA encoding = 'UTF-16le'", "CREATE TABLE mine (a)")
-        queues.bind(other, busy_timeout=30)
-        with pytest.raises(StoreUnusable, match=r"must be UTF-?8"):
-            queues.prepare()
 
 
 @pytest.mark.postgresql
@@ -589,20 +562,6 @@ def test_a_rebind_whose_client_has_gone_is_finished(
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         (tmp_path / "go").touch()
     assert outcome(before, url) == "done"
-    works_again(service, url)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", range(3))
-def test_of_a_client_that_goes_in_the_middle_of_its_request_nothing_is_done(
-    service: Service, before: Books, url: str, moment: int
-) -> None:
-    whole = wire(service, {"data": {"queue": "b"}})
-    body = whole.index(b"{")
-    cut = random.Random(SEED + moment).randrange(body, len(whole))
-    with answered(service), socket.create_connection(service.address) as client:
-        client.sendall(whole[:cut])
-    assert outcome(before, url) == "nothing"
     works_again(service, url)
 
 
@@ -658,56 +617,17 @@ def swapped(turn: Turn) -> Turn:
 # The connection is lost at the commit
 
 
-class Proxy:
-    """A way to PostgreSQL that, once `losing` is set, cuts the connection at the first commit that comes by it."""
-
-    def __init__(self, url: str, lost: str) -> None:
-        self.losing = threading.Event()
-        self._lost = lost
-        self._server = f"{make_url(url).query['host']}/.s.PGSQL.5432"
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        here = make_url(url).set(host="127.0.0.1", port=self._listener.getsockname()[1], query={})
-        self.url = here.render_as_string(hide_password=False)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, server = self._listener.accept()[0], socket.socket(socket.AF_UNIX)
-                server.connect(self._server)
-                for pair in ((client, server, "request"), (server, client, "answer")):
-                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
-
-    def _carry(self, source: socket.socket, to: socket.socket, what: str) -> None:
-        """Until either side ends. Both what asks for a commit and what confirms it hold this word."""
-        with suppress(OSError):
-            while data := source.recv(65536):
-                if what == self._lost and b"COMMIT\0" in data and self.losing.is_set():
-                    self.losing.clear()
-                    break
-                to.sendall(data)
-        for end in (source, to):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.mark.postgresql
-@pytest.mark.parametrize(("lost", "left"), [("request", "nothing"), ("answer", "done")])
+@pytest.mark.parametrize(("lost", "left"), [("to the server", "nothing"), ("to the client", "done")])
 def test_where_the_connection_is_lost_at_the_commit_the_answer_says_that_it_may_have_been_done(
-    before: Books, url: str, start: Start, lost: str, left: Outcome
+    before: Books, url: str, link: Link, start: Start, lost: str, left: Outcome
 ) -> None:
-    proxy = Proxy(url, lost)
-    service = start("--workers", "1", url=proxy.url)
-    proxy.losing.set()
+    service = start("--workers", "1", url=link.url)
+    link.cuts = lost
     lost_answer = "the answer to the commit was lost: all was done or nothing; send it again with its Idempotency-Key"
     assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}), lost_answer)
     assert outcome(before, url) == left
     works_again(service, url)
-    proxy.close()
 
 
 # Locks of this process on the file

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from http.client import HTTPConnection
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import PATH, Service, engine_for, logged, message, start_service, stop_service, stored, until
+from conftest import MIB, PATH, Service, Start, engine_for, logged, message, stored, until, workers
 from slow import MESSAGES, POLICY, slow_rebind
 
 from app import MAX_REBINDS
@@ -27,39 +26,28 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'queues.db'}"
 
 
-Start = Callable[..., Service]
-
-
 @pytest.fixture
-def start(url: str, tmp_path: Path) -> Iterator[Start]:
-    """Start a gunicorn with these arguments, and both of its workers; it is stopped after the test."""
-    started = []
+def serve(start: Start) -> Start:
+    """Start a gunicorn with these arguments, and both of its workers."""
 
     def service(*arguments: str) -> Service:
-        service = start_service(tmp_path, url, *arguments, REBIND_POLICY=POLICY)
-        started.append(service)
+        service = start(*arguments, REBIND_POLICY=POLICY)
         until(lambda: len(workers(service)) == 2)
         return service
 
-    yield service
-    for each in started:
-        stop_service(each)
+    return service
 
 
 @pytest.fixture(scope="module")
-def idle(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A gunicorn that no test stops. A socket that it opens by itself would be in the folder `run`."""
-    folder = tmp_path_factory.mktemp("idle")
-    (folder / "run").mkdir()
-    service = start_service(folder, url, XDG_RUNTIME_DIR=str(folder / "run"))
-    yield service
-    stop_service(service)
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a socket would be that gunicorn opens by itself."""
+    return tmp_path_factory.mktemp("run")
 
 
-def workers(service: Service) -> set[int]:
-    """The process ids of gunicorn's workers."""
-    pid = service.process.pid
-    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+@pytest.fixture(scope="module")
+def idle(shared: Start, run_folder: Path) -> Service:
+    """A gunicorn that no test stops."""
+    return shared(XDG_RUNTIME_DIR=str(run_folder))
 
 
 def ledger(url: str) -> tuple[dict[str, int], int]:
@@ -73,10 +61,10 @@ NOTHING = ({"a": MESSAGES}, 0)
 
 
 def test_a_rebind_may_take_longer_than_the_worker_timeout(
-    start: Start, queues: QueueRegistry, url: str, tmp_path: Path
+    serve: Start, queues: QueueRegistry, url: str, tmp_path: Path
 ) -> None:
     """The timeout has passed, and is watched, when a worker that hangs since then has been killed."""
-    service = start("--timeout", "2")
+    service = serve("--timeout", "2")
     with slow_rebind(service.rebind, queues, tmp_path) as slow:
         (hanging,) = workers(service) - {slow.worker}
         os.kill(hanging, signal.SIGSTOP)
@@ -86,8 +74,8 @@ def test_a_rebind_may_take_longer_than_the_worker_timeout(
     assert ledger(url) == DONE
 
 
-def test_sigterm_lets_a_running_rebind_finish(start: Start, queues: QueueRegistry, url: str, tmp_path: Path) -> None:
-    service = start()
+def test_sigterm_lets_a_running_rebind_finish(serve: Start, queues: QueueRegistry, url: str, tmp_path: Path) -> None:
+    service = serve()
     with slow_rebind(service.rebind, queues, tmp_path) as slow:
         service.process.terminate()
         until(lambda: workers(service) == {slow.worker})  # the other, which had nothing to do, has obeyed
@@ -97,9 +85,9 @@ def test_sigterm_lets_a_running_rebind_finish(start: Start, queues: QueueRegistr
 
 
 def test_a_rebind_that_outlasts_the_graceful_timeout_is_rolled_back(
-    start: Start, queues: QueueRegistry, url: str, tmp_path: Path
+    serve: Start, queues: QueueRegistry, url: str, tmp_path: Path
 ) -> None:
-    service = start("--graceful-timeout", "1")
+    service = serve("--graceful-timeout", "1")
     with slow_rebind(service.rebind, queues, tmp_path) as slow:
         service.process.terminate()
         with pytest.raises(requests.ConnectionError):
@@ -108,24 +96,9 @@ def test_a_rebind_that_outlasts_the_graceful_timeout_is_rolled_back(
     assert ledger(url) == NOTHING
 
 
-def test_the_rebind_of_a_worker_that_is_killed_is_rolled_back_and_another_worker_answers(
-    start: Start, queues: QueueRegistry, url: str, tmp_path: Path
-) -> None:
-    service = start()
-    before = workers(service)
-    with slow_rebind(service.rebind, queues, tmp_path) as slow:
-        os.kill(slow.worker, signal.SIGKILL)
-        with pytest.raises(requests.ConnectionError):
-            slow.answer.result()
-        assert ledger(url) == NOTHING
-        until(lambda: len(workers(service) - before) == 1)
-    assert service.rebind(data={"queue": "b"}).headers["Rebind-Moved"] == str(MESSAGES)
-    assert ledger(url) == DONE
-
-
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT], ids=lambda stop: stop.name)
-def test_a_worker_hears_a_signal_to_stop_from_the_moment_that_it_is_forked(start: Start, stop: signal.Signals) -> None:
-    service = start()
+def test_a_worker_hears_a_signal_to_stop_from_the_moment_that_it_is_forked(serve: Start, stop: signal.Signals) -> None:
+    service = serve()
     seen = workers(service)
     pid = min(seen)
     for _ in range(10):
@@ -138,8 +111,8 @@ def test_a_worker_hears_a_signal_to_stop_from_the_moment_that_it_is_forked(start
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGQUIT], ids=lambda stop: stop.name)
-def test_a_worker_ends_at_once_while_clients_keep_coming(start: Start, stop: signal.Signals) -> None:
-    service, ended = start(), threading.Event()
+def test_a_worker_ends_at_once_while_clients_keep_coming(serve: Start, stop: signal.Signals) -> None:
+    service, ended = serve(), threading.Event()
 
     def come_and_go() -> None:
         while not ended.is_set():
@@ -160,12 +133,11 @@ def test_a_worker_ends_at_once_while_clients_keep_coming(start: Start, stop: sig
     assert [each.result() for each in coming] == [None] * 4
 
 
-@pytest.mark.slow
 def test_rebinds_that_wait_leave_threads_for_others_and_one_too_many_is_refused_at_once(
-    queues: QueueRegistry, url: str, tmp_path: Path
+    queues: QueueRegistry, url: str, start: Start
 ) -> None:
     queues.load([message(meta={"queue": "a"})])
-    service = start_service(tmp_path, url, "--workers", "1")
+    service = start("--workers", "1")
     with ThreadPoolExecutor(MAX_REBINDS + 1) as pool:
         with engine_for(url).connect() as other:
             other.exec_driver_sql("BEGIN IMMEDIATE")
@@ -179,10 +151,8 @@ def test_rebinds_that_wait_leave_threads_for_others_and_one_too_many_is_refused_
             other.rollback()
         assert [answer.result().status_code for answer in waiting] == [200] * MAX_REBINDS
     assert service.rebind(data={"queue": "c"}).status_code == 200  # their places are free again
-    stop_service(service)
 
 
-MIB = 1024 * 1024
 JSON = {"Content-Type": "application/json"}
 
 # Each is refused before its body is read, or before it is read to its end.
@@ -197,7 +167,6 @@ UNREAD: dict[str, tuple[int, str, str, dict[str, str]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("status", "method", "path", "headers"), UNREAD.values(), ids=UNREAD)
 @pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "chunked"])
 def test_a_refusal_reaches_a_client_that_sends_first_and_reads_then(
@@ -224,31 +193,6 @@ def test_a_client_that_sends_without_end_is_refused_and_cut_off(idle: Service) -
             client.send(repeat(bytes(MIB), 1000))
 
 
-@pytest.mark.parametrize("coding", ["gzip", "br", "identity", "GZIP, chunked", ""])
-def test_a_body_with_a_content_coding_is_refused_whatever_it_is(
-    idle: Service, queues: QueueRegistry, coding: str
-) -> None:
-    body = json.dumps({"reason": "a test", "data": {}})
-    answer = requests.post(idle.base + PATH, body, headers=JSON | {"Content-Encoding": coding}, timeout=60)
-    assert (answer.status_code, answer.json()["detail"]) == (415, "the body must not have a Content-Encoding")
-
-
-@pytest.mark.parametrize(
-    ("path", "headers", "status"),
-    [
-        pytest.param(f"{PATH}?{'x' * 4094}", {}, 414, id="line"),
-        pytest.param(PATH, {"X": "x" * 4094}, 431, id="header"),
-        pytest.param(PATH, {f"X-{n}": "x" for n in range(50)}, 431, id="number of headers"),
-        pytest.param(PATH, {"Content-Type": "application/json", "X": "x" * 4000}, 200, id="within limits"),
-    ],
-)
-def test_requests_with_large_headers_are_refused(
-    idle: Service, queues: QueueRegistry, path: str, headers: dict[str, str], status: int
-) -> None:
-    body = json.dumps({"reason": "a test", "data": {}})
-    assert requests.post(idle.base + path, body, headers=headers, timeout=60).status_code == status
-
-
 def test_every_request_is_in_the_access_log_and_in_one_line(idle: Service, queues: QueueRegistry) -> None:
     headers = {"User-Agent": 'it is "me"', "X-Forwarded-For": "192.0.2.1"}
     requests.get(f"{idle.base}/logged", headers=headers, auth=("a\nb", ""), timeout=60)
@@ -258,9 +202,7 @@ def test_every_request_is_in_the_access_log_and_in_one_line(idle: Service, queue
     assert line.endswith('ms "it is \\"me\\""')
 
 
-def test_there_is_no_control_socket(idle: Service) -> None:
-    idle.process.send_signal(
-        signal.SIGTTIN
-    )  # one worker more: the master listens to signals, and so to all it listens to
+def test_there_is_no_control_socket(idle: Service, run_folder: Path) -> None:
+    idle.process.send_signal(signal.SIGTTIN)  # one worker more: the master listens to signals, and so to all else
     until(lambda: len(workers(idle)) == 3)
-    assert list((idle.output.parent / "run").iterdir()) == []
+    assert list(run_folder.iterdir()) == []

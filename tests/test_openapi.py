@@ -212,7 +212,6 @@ def guarded_service(shared: Start, tmp_path_factory: pytest.TempPathFactory) -> 
     return shared(REBIND_HTPASSWD=str(htpasswd))
 
 
-@pytest.mark.slow
 @api.parametrize()
 @settings(max_examples=200, deadline=None)
 def test_schemathesis_finds_nothing(case: "schemathesis.Case[Any]", open_service: Service) -> None:

@@ -32,7 +32,6 @@ from sqlalchemy.exc import DBAPIError
 
 import store
 from event import HandlerFailed, rebind
-from history import RebindResult
 from message import Message
 from moving import BATCH, Move, Plan
 from names import queue_name
@@ -40,7 +39,6 @@ from queues import DuplicateMessage, Loaded, QueueRegistry, QueueSummary
 from store import MAX_NAME, StoreRefused
 
 FLAGS = ("trigger_rebind_event", "always_flush", "suppress_logging")
-SLOW_EVENT = pytest.param(True, marks=pytest.mark.slow)
 BY_DATA_AND_BY_EVENT = pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 
 
@@ -212,41 +210,6 @@ def test_numbers_and_booleans_stay_what_they_are(queues: QueueRegistry, url: str
     }
 
 
-@pytest.mark.parametrize(
-    ("meta", "data", "name"),
-    [
-        ({}, {"campaign": "c"}, "c:@example.com"),
-        ({}, {"tenant": "t"}, "t@example.com"),
-        ({}, {"routing_domain": "r"}, "example.com!r"),
-        ({"tenant": "t"}, {"campaign": "c"}, "c:t@example.com"),
-        ({"tenant": "t", "campaign": "c"}, {"tenant": ""}, "c:@example.com"),
-        (
-            {"tenant": "t", "campaign": "c"},
-            {"campaign": "d", "tenant": "u", "routing_domain": "r"},
-            "d:u@example.com!r",
-        ),
-        ({"tenant": "t"}, {"other": "x"}, "t@example.com"),
-        ({"queue": "pinned"}, {"campaign": "c"}, "pinned"),
-        ({"queue": "pinned", "campaign": "c"}, {"queue": "other"}, "other"),
-        ({"campaign": "c"}, {"queue": ""}, ""),
-        ({"campaign": "c"}, {"queue": "null"}, "null"),
-        ({"queue": None, "campaign": 1, "tenant": ["t"]}, {"routing_domain": "r"}, "example.com!r"),
-        ({"queue": {"a": "b"}}, {}, "example.com"),
-        ({"queue": 1}, {"queue": "now"}, "now"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("event", [False, SLOW_EVENT], ids=["data", "event"])
-def test_the_queue_is_named_again(
-    queues: QueueRegistry, url: str, event: bool, meta: dict[str, Any], data: dict[str, str], name: str
-) -> None:
-    queues.load([message(meta=meta)])
-    moved = names(url) != [name]
-    with rebind.connected_to(set_data):
-        assert counts(ask(queues, data, trigger_rebind_event=event)) == (1, moved, moved)
-    assert (names(url), metas(url)) == ([name], [meta | data])
-
-
 def test_a_pinned_message_stays_when_its_campaign_changes(queues: QueueRegistry, url: str) -> None:
     queues.load([message(meta={"queue": "pinned", "campaign": "a"})])
     (before,) = stored(url)
@@ -304,12 +267,6 @@ def test_always_flush_makes_every_matched_message_due_now(queues: QueueRegistry,
     assert [row["created"] for row in stored(url)] == [row["created"] for row in before]
 
 
-def test_always_flush_leaves_other_queues_alone(queues: QueueRegistry, url: str) -> None:
-    queues.load([message(due=4e9), message("bob@other.example", due=4e9)])
-    ask(queues, domain="example.com", always_flush=True)
-    assert stored(url)[1]["due"] == 4e9
-
-
 def test_the_queue_null_is_a_name_like_any_other_in_a_rebind(queues: QueueRegistry, url: str) -> None:
     queues.load([message()])
     assert counts(ask(queues, {"queue": "null"})) == (1, 1, 1)
@@ -362,12 +319,6 @@ def test_a_limit_picks_those_due_soonest_of_all_queues(queues: QueueRegistry, ur
         "b@example.com",
         "c@example.com",
     ]
-
-
-@pytest.mark.parametrize("limit", [3, 4, 10**18 - 1])
-def test_a_limit_of_no_fewer_than_match_picks_all(queues: QueueRegistry, limit: int) -> None:
-    queues.load([message() for _ in range(3)])
-    assert counts(ask(queues, {"queue": "q"}, limit=limit)) == (3, 3, 3)
 
 
 @BY_DATA_AND_BY_EVENT
@@ -442,16 +393,6 @@ def test_a_plan_has_a_hundred_entries_at_most(queues: QueueRegistry, event: bool
     assert planned == Plan(matched=103, moved=103, moves=moves, more=2)
 
 
-def test_the_plan_of_nothing_is_empty(queues: QueueRegistry) -> None:
-    assert ask(queues, {"queue": "q"}, dry_run=True) == RebindResult(0, 0, 0, plan=Plan(0, 0, [], 0))
-
-
-def test_a_limit_counts_only_messages_that_match(queues: QueueRegistry, url: str) -> None:
-    queues.load([message("ada@other.example", due=1.0), message(due=2.0), message(due=3.0)])
-    assert counts(ask(queues, {"queue": "q"}, domain="example.com", limit=1)) == (1, 1, 1)
-    assert names(url) == ["other.example", "q", "example.com"]
-
-
 # Records
 
 
@@ -511,30 +452,6 @@ def test_a_record_says_what_became_of_a_message(queues: QueueRegistry, url: str,
     assert row["due"] == event_time
 
 
-def test_a_rebind_has_an_id_of_its_own(queues: QueueRegistry) -> None:
-    queues.load([message(), message()])
-    first, second = ask(queues), ask(queues)
-    assert uuid.UUID(first.rebind_id) != uuid.UUID(second.rebind_id)
-    assert [record["rebind_id"] for record in queues.records()] == [first.rebind_id] * 2 + [second.rebind_id] * 2
-
-
-def test_a_message_that_stays_is_logged(queues: QueueRegistry) -> None:
-    queues.load([message()])
-    ask(queues)
-    assert [record["response"]["content"] for record in queues.records()] == [
-        "Rebound from example.com to example.com: a test"
-    ]
-
-
-def test_records_stay_when_their_message_goes(queues: QueueRegistry) -> None:
-    new = message()
-    queues.load([new])
-    ask(queues)
-    with queues.database.begin_write() as db:
-        db.execute(delete(store.messages))
-    assert [record["id"] for record in queues.records()] == [new.id]
-
-
 def test_records_come_oldest_first_however_many(queues: QueueRegistry) -> None:
     new = [message(due=float(-n)) for n in range(2 * BATCH + 1)]
     queues.load(new)
@@ -544,7 +461,7 @@ def test_records_come_oldest_first_however_many(queues: QueueRegistry) -> None:
     assert [record["id"] for record in in_order(queues.records())] == ids
 
 
-@pytest.mark.parametrize("after", [0, 1, BATCH, 2 * BATCH + 1])
+@pytest.mark.parametrize("after", [0, BATCH, 2 * BATCH + 1])
 def test_the_log_continues_after_the_record_with_a_key(queues: QueueRegistry, after: int) -> None:
     new = [message() for _ in range(2 * BATCH + 1)]
     queues.load(new)

@@ -3,6 +3,7 @@
 docs/tables.md, and docs/contract.md, "Messages come and go".
 """
 
+import json
 import re
 from typing import Any
 
@@ -180,6 +181,27 @@ def test_a_row_that_is_just_within_the_limits_is_taken(
 ) -> None:
     run_sql(url, insertion(table, column, value))
     assert (len(stored(url)), len(list(queues.records()))) == (table == "messages", table == "log")
+
+
+@pytest.mark.parametrize(
+    ("column", "document", "meta"),
+    [
+        pytest.param("meta", f'{{"n": {"1" * 5000}}}', None, id="digits"),
+        pytest.param("meta", f'{{"n": {"[" * 3000}{"]" * 3000}}}', None, id="levels"),
+        pytest.param("meta", '{"n": 1e400}', None, id="more than a double"),
+        pytest.param("meta", '\n {"n": 1}', {"n": 1}, id="white space"),
+        pytest.param("details", f'{{"site": {"1" * 5000}}}', {}, id="details of digits"),
+        pytest.param("details", "[1]", {}, id="details that are a list"),
+    ],
+)
+def test_a_record_is_shown_as_json_and_hides_no_other_whatever_a_worker_wrote(
+    queues: QueueRegistry, url: str, column: str, document: str, meta: dict[str, Any] | None
+) -> None:
+    """What Python cannot read is shown as text. How many levels it can depends on its version."""
+    run_sql(url, insertion("log", column, f"'{document}'"), insertion("log", "id", "'other'"))
+    odd, other = logged(url)
+    json.dumps(odd, allow_nan=False)
+    assert (other["id"], odd["meta"] if meta is not None else None, odd["site"]) == ("other", meta, "")
 
 
 def test_a_key_belongs_to_one_rebind(queues: QueueRegistry, url: str) -> None:
