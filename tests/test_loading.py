@@ -526,7 +526,7 @@ def test_large_messages_are_not_all_in_memory_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "outcome"),
     [
-        pytest.param(line(data="x" * 2**17), "1 messages loaded, 0 discarded", id="loaded"),
+        pytest.param(line(data="x" * 2**17), "1 message loaded, 0 discarded", id="loaded"),
         pytest.param(line(5), "Error: {}:1: id: Not a valid string.", id="a wrong field"),
         pytest.param(2 * line(), "Error: {}:2: message id a already exists", id="an id twice"),
     ],
