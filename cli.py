@@ -8,12 +8,11 @@ import json
 import os
 import pickle
 import shlex
-import shutil
 import signal
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from flask import Flask
 from marshmallow import ValidationError
 
 from deliverylog import LogFilter
+from display import age, counted, on_terminal, print_table
 from event import HandlerFailed, NoHandler
 from history import KeyReused, NothingToUndo, UnknownRebind, printable
 from kumo import WrongFile, by_field, read_messages, shown_message
@@ -70,12 +70,9 @@ POLL = 0.5  # seconds between two looks for new records
 DRAW = 2**16  # bytes between two drawings of the progress bar
 MAX_KEY = 2**63 - 1  # what both engines can count to
 REFUSALS = (DuplicateMessage, WrongFile, OSError, NoHandler, HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
-MIN_WIDTH = 12  # to which a column is cut at most
 # In this order the history shows what was asked.
 ASKED: list[str] = ["campaign", "tenant", "domain", "routing_domain", "data", "unset", "undo", "limit"]
 ASKED += ["trigger_rebind_event", "always_flush", "suppress_logging"]
-GAP = "  "  # between columns
-NOT_CUT = ("when", "rebind_id")  # part of an id is of no use
 
 
 class StoreCommand(click.Command):
@@ -362,56 +359,6 @@ def progress_bar(streams: bool) -> Any:
         hidden=not (streams and on_terminal(sys.stderr)),
         update_min_steps=1000,
     )
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], second_line: int | None = None) -> None:
-    """Print a table: numbers to the right; on a terminal, the widest columns of text are cut to its width.
-
-    second_line: the column with which a second line begins, if the terminal is too narrow for a whole row.
-    """
-    table = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    numbers = [all(isinstance(row[n], int) for row in rows) for n in range(len(columns))]
-
-    def taken(line: range) -> int:
-        return sum(widths[n] for n in line) + len(GAP) * (len(line) - 1 + (line.start > 0))
-
-    every = range(len(columns))
-    room, lines = shutil.get_terminal_size().columns if on_terminal(sys.stdout) else taken(every), [every]
-    if second_line and taken(every) > room:
-        lines = [every[:second_line], every[second_line:]]
-    for line in lines:
-        cuttable = [n for n in line if columns[n] not in NOT_CUT]
-        while taken(line) > room and widths[widest := max(cuttable, key=widths.__getitem__)] > MIN_WIDTH:
-            widths[widest] -= 1
-    for row in table:
-        cells = list(map(fitted, row, widths, numbers))
-        for line in lines:
-            click.echo((GAP * (line.start > 0) + GAP.join(cells[n] for n in line)).rstrip())
-
-
-def fitted(cell: str, width: int, right: bool) -> str:
-    """A cell of a table, cut or filled to this width."""
-    text = cell if len(cell) <= width else f"{cell[: width - 1]}…"
-    return text.rjust(width) if right else text.ljust(width)
-
-
-def on_terminal(stream: IO[str] | None) -> bool:
-    """Whether people see this standard stream as it is written. It is None if the caller closed it."""
-    return stream is not None and stream.isatty()
-
-
-def counted(number: int, thing: str) -> str:
-    """How many things: 1 queue, 2 queues."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def age(seconds: float) -> str:
-    """A length of time in its largest unit."""
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= length:
-            return f"{seconds // length:.0f}{unit}"
-    return f"{max(seconds, 0) // 1:.0f}s"
 
 
 def login() -> str:
