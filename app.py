@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -125,9 +126,9 @@ def rebind() -> Response:
     key = None if query["dry_run"] else idempotency_key(request.headers.get("Idempotency-Key"))
     asked = rebind_request(read_json(), query, key, actor())
     with room_for_a_rebind(asked.dry_run):
-        response = answer(registry.rebind(asked))
-    if not asked.dry_run:
-        response.call_on_close(registry.database.tidy)
+        result = registry.rebind(asked)
+    response = answer(result)
+    response.call_on_close(partial(registry.tidy, result))
     return response
 
 

@@ -212,7 +212,7 @@ def rebind(
         if result.plan.more:
             click.echo(f"and {counted(result.plan.more, 'more pair')} of queues")
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
-    registry.database.tidy()
+    registry.tidy(result)
 
 
 @click.command(cls=StoreCommand)

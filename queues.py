@@ -25,7 +25,7 @@ import sqlite
 from deliverylog import EVERY_RECORD, LogFilter, Pruned
 from history import RebindRequest, RebindResult
 from message import NewMessage, domain_of
-from moving import FIRST_ROWS, MESSAGE_COLUMNS, NewState, Selection, batches, fit_in_sql, plan
+from moving import FIRST_ROWS, MANY, MESSAGE_COLUMNS, NewState, Selection, batches, fit_in_sql, plan
 from names import ALL_QUEUES, DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
 from store import Database, StoreConflict, StoreUnusable, contents, messages
 from streaming import Stream, handled, restored
@@ -113,6 +113,11 @@ class QueueRegistry:
         seconds = time.monotonic() - start
         logger.info("rebind %s ends after %.3f s: %s%s", rebind_id, seconds, result.in_a_line(), repeated)
         return result
+
+    def tidy(self, result: RebindResult) -> None:
+        """Do what a rebind left to be done after its answer: for a few messages it is not worth the time."""
+        if result.matched >= MANY and result.plan is None:
+            self.database.tidy()
 
     def _attempt(self, request: RebindRequest, rebind_id: str, progress: Callable[[], None]) -> RebindResult:
         for _ in range(ATTEMPTS - 1):

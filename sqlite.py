@@ -48,7 +48,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from message import to_json
-from moving import BEFORE, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
+from moving import BEFORE, MANY, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
 from names import MetaText
 from store import (
     TOO_LONG,
@@ -226,7 +226,6 @@ def meaning(error: DBAPIError) -> Exception | None:
 def take_turn(db: Connection) -> None:
     """Prepare a rebind's transaction, which has had the write lock since it began."""
     db.execute(text(f"PRAGMA cache_size = -{CACHE * 1024}"))
-    db.execute(text("PRAGMA wal_autocheckpoint = 0"))  # see tidy
 
 
 def tidy(db: Connection) -> None:
@@ -320,6 +319,7 @@ def _changes(keys: Sequence[str]) -> ColumnElement[str]:
 def select_from(db: Connection, found: Selection) -> Selection:
     """The same messages, with what the planner must be told."""
     matched = _count(db, found.select(_rowid))
+    db.execute(text(f"PRAGMA wal_autocheckpoint = {0 if matched >= MANY else 1000}"))  # see tidy; 1000 pages is usual
     return replace(found, are_most=_count(db, select(_rowid).select_from(messages).limit(2 * matched)) < 2 * matched)
 
 

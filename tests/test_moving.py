@@ -14,6 +14,7 @@ from sqlalchemy import inspect, make_url, text
 
 import postgresql
 from event import HandlerFailed, rebind
+from moving import MANY
 from queues import QueueRegistry
 from store import StoreRefused
 
@@ -162,11 +163,12 @@ def in_file(url: str) -> list[str]:
 
 @pytest.mark.sqlite
 def test_the_answer_comes_before_the_checkpoint(queues: QueueRegistry, url: str) -> None:
-    queues.load([message(meta={"large": "x" * 1_000_000}) for _ in range(20)])  # more than SQLite leaves in the -wal
-    ask(queues, {"queue": "q"})
-    assert in_file(url) == ["example.com"] * 20
-    queues.database.tidy()
-    assert in_file(url) == ["q"] * 20
+    large = {"large": "x" * 10_000}  # more than SQLite leaves in the -wal
+    queues.load([message(meta=large) for _ in range(MANY)])
+    result = ask(queues, {"queue": "q"})
+    assert in_file(url) == ["example.com"] * MANY
+    queues.tidy(result)
+    assert in_file(url) == ["q"] * MANY
 
 
 @pytest.mark.sqlite
@@ -174,9 +176,16 @@ def test_the_answer_comes_before_the_checkpoint(queues: QueueRegistry, url: str)
 def test_a_checkpoint_follows_the_answer(
     service: Service, queues: QueueRegistry, url: str, flask: Flask, way: str
 ) -> None:
-    queues.load([message()])
+    queues.load([message() for _ in range(MANY)])
     if way == "request":
-        assert done(service.rebind(data={"queue": "q"})) == (1, 1, 1)
+        assert done(service.rebind(data={"queue": "q"})) == (MANY, MANY, MANY)
     else:
         flask("rebind", "--everything", "--reason", "a test", "--set", "queue=q")
-    until(lambda: in_file(url) == ["q"])
+    until(lambda: in_file(url) == ["q"] * MANY)
+
+
+@pytest.mark.sqlite
+def test_rebinds_of_a_few_messages_leave_the_checkpoint_to_sqlite(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(meta={"large": "x" * 1_000_000}) for _ in range(20)])
+    ask(queues, {"queue": "q"})
+    assert in_file(url) == ["q"] * 20
