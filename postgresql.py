@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import psycopg
@@ -22,6 +23,7 @@ from sqlalchemy import (
     Update,
     and_,
     bindparam,
+    case,
     cast,
     column,
     create_engine,
@@ -212,9 +214,9 @@ def restored(keys: Sequence[str]) -> ColumnElement[Any]:
 
 def _part(meta: ColumnElement[Any], keys: Sequence[str]) -> ColumnElement[Any]:
     """These keys of some metadata."""
-    each = func.jsonb_each(meta).table_valued("key", "value", name="each")
-    part = select(func.jsonb_object_agg(each.c.key, each.c.value)).where(each.c.key == _any_of(keys))
-    return func.coalesce(part.scalar_subquery(), literal({}, JSONB))
+    # For a few keys, an undo takes two thirds of the time that it takes with jsonb_each.
+    members = (case((meta.has_key(key), func.jsonb_build_object(key, meta[key]))) for key in keys)
+    return reduce(lambda one, more: one.op("||")(more), (func.coalesce(each, literal({}, JSONB)) for each in members))
 
 
 def _changes(meta: ColumnElement[Any], keys: Sequence[str]) -> ColumnElement[Any]:
