@@ -17,7 +17,7 @@ check: lint  ## Check style, formatting and types, and run the fast tests.
 test: lint  ## The same with every test. This is what CI runs.
 	$(BIN)/pytest -n auto --dist worksteal
 
-bench: .venv/dev  ## Measure the speed, for docs/performance.md. Takes an hour and a half, and 20 GB.
+bench: .venv/dev  ## Measure the speed, for docs/performance.md. Takes more than two hours, and 30 GB.
 	$(BIN)/python bench/run.py
 
 clean:  ## Remove all that make created, except messages: the default store is instance/queues.db.

@@ -66,7 +66,7 @@ def _growth(axes: Any, cells: list[dict[str, Any]], title: str) -> None:
         ylabel="µs per matched message",
     )
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 if __name__ == "__main__":
