@@ -21,16 +21,9 @@ from store import Database, log, rebinds
 
 PRUNED_AT_ONCE = 5000  # keys of the log per transaction
 MAX_ATTEMPTS = 65535  # that a reader of KumoMTA's records takes
-OWN_FIELDS = {"key", "type", "id", "sender", "recipient", "queue", "size", "timestamp", "created", "event_time"}
-OWN_FIELDS |= {
-    "created_time",
-    "num_attempts",
-    "reception_protocol",
-    "meta",
-    "nodeid",
-    "rebind_id",
-    "old_queue",
-    "actor",
+OWN_FIELDS = {
+    *("key", "type", "id", "sender", "recipient", "queue", "size", "timestamp", "created", "event_time"),
+    *("created_time", "num_attempts", "reception_protocol", "meta", "nodeid", "rebind_id", "old_queue", "actor"),
 }
 """What a record says by its columns, and no `details` can change."""
 

@@ -340,7 +340,8 @@ def update_all(db: Connection, found: Selection, new: NewState, rebind_id: str |
         where = _rowid.in_(found.select(_rowid))
     if not (new.renames and rebind_id):
         # To set `queue` and `due` to what they are costs as much as to change them, because of their index.
-        each = select(messages.c.queue, new.queue.label("to")).where(where).subquery()
+        names = select(messages.c.queue, new.queue.label("to")).where(where)
+        each = (names.with_hint(messages, "NOT INDEXED", "sqlite") if where is found.where else names).subquery()
         moved = _count(db, select(each).where(each.c.queue != each.c.to))
     values: dict[str, Any] = new.values(moves=moved != 0) or {"meta": messages.c.meta}  # written for its record
     statement = update(messages).values(values).where(where)
