@@ -31,7 +31,7 @@ from store import MAX_NAME, TOO_LONG, StoreRefused, log, messages
 Item = TypeVar("Item")
 
 BATCH = 500  # messages or records that are in memory at once
-MAX_BATCH = 2**22  # characters of their metadata, or bytes of their contents
+MAX_BATCH = 2**21  # characters of their metadata, or bytes of their contents
 FIRST_ROWS = 16  # that are read, while nobody knows how large they are
 MANY = 1000  # messages: what rebinding them leaves to be done is done after the answer
 MAX_MOVES = 100  # entries of a plan

@@ -46,6 +46,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.schema import DropIndex
 
 from message import to_json
 from moving import BEFORE, MANY, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
@@ -395,7 +396,7 @@ def _index_rebuilt(db: Connection, rebuilt: bool) -> Iterator[None]:
     Others do not see that until the commit.
     """
     if rebuilt:
-        messages_queue_due.drop(db, checkfirst=True)
+        db.execute(DropIndex(messages_queue_due, if_exists=True))
     yield
     if rebuilt:
         messages_queue_due.create(db)
