@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 
 BATCH = 500  # messages or records that are in memory at once
 MAX_BATCH = 2**21  # characters of their metadata, or bytes of their contents
-FIRST_ROWS = 16  # that are read, while nobody knows how large they are
+FIRST_ROWS = 4  # that are read, while nobody knows how large they are
 MANY = 1000  # messages: what rebinding them leaves to be done is done after the answer
 MAX_MOVES = 100  # entries of a plan
 MAX_KEYS = 30  # that are restored by SQL

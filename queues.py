@@ -25,13 +25,14 @@ import sqlite
 from deliverylog import EVERY_RECORD, LogFilter, Pruned
 from history import RebindRequest, RebindResult
 from message import NewMessage, domain_of
-from moving import FIRST_ROWS, MANY, MESSAGE_COLUMNS, NewState, Selection, batches, fit_in_sql, plan
+from moving import MANY, MESSAGE_COLUMNS, NewState, Selection, batches, fit_in_sql, plan
 from names import ALL_QUEUES, DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
 from store import Database, StoreConflict, StoreUnusable, contents, messages
 from streaming import Stream, handled, restored
 
 ENGINES = {"sqlite": sqlite, "postgresql": postgresql}
 ATTEMPTS = 3  # per rebind: PostgreSQL may end ours if another transaction locks the same messages in another order
+CONTENTS = 16  # that are in memory at once: each may have many megabytes
 
 NOTHING = RebindRequest(reason="", data={}, criteria=Criteria(domain="nobody.invalid"), dry_run=True)
 
@@ -198,7 +199,7 @@ class QueueRegistry:
             matching = _matching(self.database.engine, db, criteria)
             found = Selection(matching if id is None else matching & (messages.c.id == id), limit)
             data = select(contents.c.data).where(contents.c.id == messages.c.id).scalar_subquery().label("data")
-            yield from db.execute(found.select(*MESSAGE_COLUMNS, data), execution_options={"yield_per": FIRST_ROWS})
+            yield from db.execute(found.select(*MESSAGE_COLUMNS, data), execution_options={"yield_per": CONTENTS})
 
     def due_queues(self, db: Connection, due: float) -> list[str]:
         """The names of the queues with a message that is due then, in seconds since 1970."""

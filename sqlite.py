@@ -49,7 +49,18 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.schema import DropIndex
 
 from message import to_json
-from moving import BEFORE, MANY, UPDATED_COLUMNS, Decide, NewState, Selection, batches, record_columns
+from moving import (
+    BEFORE,
+    FIRST_ROWS,
+    MANY,
+    UPDATED_COLUMNS,
+    Decide,
+    NewState,
+    Selection,
+    batches,
+    record_columns,
+    rows_to_read,
+)
 from names import MetaText
 from store import (
     TOO_LONG,
@@ -68,7 +79,6 @@ BEGIN_WRITE = "BEGIN IMMEDIATE"
 
 ENCODING = ("PRAGMA encoding", "UTF-8")  # how to ask for it, and what it must be: then names are ordered by their bytes
 
-READ_AHEAD = 5  # messages that are read at once: each, and its record, may have a megabyte of metadata
 CACHE = 32  # MiB of pages that a rebind keeps in memory, since its index changes all over; others keep 2
 
 # The primary result codes (https://www.sqlite.org/rescode.html) that pass by themselves, or when somebody mends the
@@ -408,8 +418,11 @@ def rows(db: Connection, found: Selection) -> Generator[Sequence[Any]]:
 
 
 def _read(db: Connection, statement: Select[Any]) -> Generator[Sequence[Any]]:
-    with db.execute(statement, execution_options={"yield_per": READ_AHEAD}) as found:
-        yield from found
+    size = FIRST_ROWS
+    with db.execute(statement) as found:
+        while read := found.fetchmany(size):
+            size = rows_to_read(size, sum(len(row[2]) for row in read))
+            yield from read
 
 
 def update_each(db: Connection, found: Selection, decide: Decide, rebind_id: str | None) -> None:
