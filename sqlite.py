@@ -1,4 +1,4 @@
-"""SQLite's way: connections, what its errors mean, expressions, and selecting and changing messages.
+"""SQLite's way: connections, what its errors mean, and selecting and changing messages.
 
 postgresql.py has the same functions. queues.py chooses one of the two modules when the registry is bound.
 """
@@ -7,11 +7,10 @@ import codecs
 import errno
 import json
 import os
-import re
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
@@ -32,13 +31,11 @@ from sqlalchemy import (
     Table,
     Text,
     bindparam,
-    case,
     cast,
     create_engine,
     event,
     func,
     insert,
-    literal,
     literal_column,
     select,
     text,
@@ -61,7 +58,7 @@ from moving import (
     record_columns,
     rows_to_read,
 )
-from names import MetaText
+from sqlitejson import changes, from_meta, merge, plain_keys, restored  # noqa: F401 the registry calls these here
 from store import (
     TOO_LONG,
     StoreDamaged,
@@ -144,7 +141,7 @@ def _set_up(connection: Any, busy_timeout: float) -> None:
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
     connection.execute("PRAGMA foreign_keys = ON")
     connection.text_factory = methodcaller("decode", "utf-8", "rebind.lenient")
-    connection.create_function("plain_keys", 1, _plain_keys, deterministic=True)
+    connection.create_function("plain_keys", 1, plain_keys, deterministic=True)
     # Two processes that turn a new file to WAL at the same moment do not wait for one another by themselves.
     deadline = time.monotonic() + busy_timeout
     while True:
@@ -169,22 +166,6 @@ def _lenient(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 codecs.register_error("rebind.lenient", _lenient)
-
-
-_STRING = re.compile(rb'("(?:[^"\\]|\\.)*")(\s*:)?')  # with a colon after it, a key
-
-
-def _plain_keys(document: bytes) -> bytes:
-    """A JSON document with its keys written without needless escapes, and all else as it is."""
-
-    def plain(match: re.Match[bytes]) -> bytes:
-        string, colon = match.groups()
-        if colon and b"\\" in string:
-            with suppress(ValueError):  # half a character, or not UTF-8
-                return to_json(json.loads(string)).encode() + colon
-        return match[0]
-
-    return _STRING.sub(plain, document)
 
 
 def shown(url: str) -> str:
@@ -272,61 +253,6 @@ def following(name: ColumnElement[str]) -> ColumnElement[str]:
     return name + func.char(0)
 
 
-# SQLite before 3.45 compares keys as they are written: "\\u0074enant" would not be `tenant`.
-def _is_escaped(table: str) -> str:
-    return f"instr({table}.meta, '\\') > 0"
-
-
-def _unescaped(table: str) -> str:
-    return f"CAST(plain_keys(CAST({table}.meta AS BLOB)) AS TEXT)"
-
-
-def _plain_meta(table: str) -> str:
-    return f"CASE WHEN {_is_escaped(table)} THEN {_unescaped(table)} ELSE {table}.meta END"
-
-
-def from_meta(build: Callable[[MetaText], ColumnElement[str]], with_record: bool) -> ColumnElement[str]:
-    """What `build` makes of an expression for the string at a key of a message's metadata, or of its record's."""
-
-    def text_in(meta: Callable[[str], str]) -> ColumnElement[str]:
-        def meta_text(table: str, key: str) -> ColumnElement[str]:
-            path = f"'$.{key}'"  # as a parameter it would be parsed for each message
-            found = f"json_extract({meta(table)}, {path})"
-            return literal_column(f"CASE json_type({meta(table)}, {path}) WHEN 'text' THEN {found} END", Text)
-
-        return build(meta_text)
-
-    # Whether keys are escaped is asked once per message, and not for each key.
-    escaped = f"{_is_escaped('messages')} OR {_is_escaped('log')}" if with_record else _is_escaped("messages")
-    return case((literal_column(escaped), text_in(_unescaped)), else_=text_in("{}.meta".format))
-
-
-def merge(data: Mapping[str, str], unset: Collection[str]) -> ColumnElement[Any]:
-    """A message's metadata with every key of `data` set and the keys `unset` removed."""
-    # RFC 7396: a patch whose values are strings sets each key, and null removes it.
-    patch = literal(to_json({**data, **dict.fromkeys(unset)}), Text)
-    return func.json_patch(literal_column(_plain_meta("messages")), patch, type_=messages.c.meta.type)
-
-
-def restored(keys: Sequence[str]) -> ColumnElement[Any]:
-    """A message's metadata with these keys as they were when its record was written."""
-    now, before = _plain_meta("messages"), _plain_meta("log")
-    paths = [f"'$.\"{key}\"'" for key in keys]
-    values = [f"{path}, json({before} -> {path})" for path in paths]
-    # `$[0]` removes nothing of an object.
-    missing = [f"CASE WHEN json_type({before}, {path}) IS NULL THEN {path} ELSE '$[0]' END" for path in paths]
-    every = ", ".join(missing)
-    return literal_column(f"json_remove(json_set({now}, {', '.join(values)}), {every})", messages.c.meta.type)
-
-
-def _changes(keys: Sequence[str]) -> ColumnElement[str]:
-    """What a record says of these keys of the new metadata: message.Changes, as JSON."""
-    members = (f"coalesce(',\"{key}\":' || (new.meta -> '$.\"{key}\"'), '')" for key in keys)
-    return literal_column(
-        f"""'{{"unset":{to_json(keys)},"data":{{' || ltrim({" || ".join(members)}, ',') || '}}}}'""", Text
-    )
-
-
 def select_from(db: Connection, found: Selection) -> Selection:
     """The same messages, with what the planner must be told."""
     matched = _count(db, found.select(_rowid))
@@ -376,12 +302,10 @@ def _restoring(found: Selection, new: NewState) -> tuple[ColumnElement[bool], Ne
 
 
 @contextmanager
-def _recorded(
-    db: Connection, rebind_id: str | None, changed: Mapping[str, Any], restored: Sequence[str]
-) -> Iterator[None]:
+def _recorded(db: Connection, rebind_id: str | None, changed: Mapping[str, Any], keys: Sequence[str]) -> Iterator[None]:
     """Write a record of each message whose columns `changed` are set.
 
-    restored: the keys of which a record says what they are now.
+    keys: the keys of the metadata whose new values a record tells; none if it tells nothing of them.
     A site's own trigger that sets other columns causes none.
     """
     if rebind_id is None:
@@ -389,8 +313,8 @@ def _recorded(
         return
     old: Any = {name: literal_column(f"old.{name}") for name in [*BEFORE, "queue"]}
     columns = record_columns(rebind_id, old, literal_column("new.queue"), old["queue"])
-    if restored:
-        columns["changes"] = _changes(restored)
+    if keys:
+        columns["changes"] = changes(keys)
     # A trigger has no parameters: SQLAlchemy quotes what it writes.
     insertion = insert(log).values(columns).compile(db, compile_kwargs={"literal_binds": True})
     on = f"UPDATE OF {', '.join(changed)} ON main.messages"
