@@ -204,6 +204,14 @@ def test_a_handler_may_make_a_boolean_of_a_number(queues: QueueRegistry, url: st
     assert str(metas(url)) == "[{'one': True, 'some': [True]}]"
 
 
+def test_a_handler_may_set_a_key_to_null(queues: QueueRegistry, url: str) -> None:
+    """In Python, `get` says the same of a key that is not there."""
+    queues.load([message()])
+    with rebind.connected_to(do("message.meta['note'] = None")):
+        trigger(queues)
+    assert metas(url) == [{"note": None}]
+
+
 class Pool(str, Enum):  # noqa: UP042
     """Strings with names, as a site may keep them."""
 
