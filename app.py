@@ -29,8 +29,9 @@ import event
 import queues
 from access import actor
 from event import HandlerFailed, NoHandler
-from history import KeyReused, NothingToUndo, RebindResult, UnknownRebind, printable
+from history import KeyReused, NothingToUndo, UnknownRebind
 from queues import registry
+from rebinding import RebindResult, printable
 from schemas import NotJSON, QueryError, idempotency_key, parse_json, rebind_query, rebind_request
 from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 

@@ -27,11 +27,12 @@ from marshmallow import ValidationError
 from deliverylog import LogFilter
 from display import age, counted, on_terminal, print_table
 from event import HandlerFailed, NoHandler
-from history import KeyReused, NothingToUndo, UnknownRebind, printable
+from history import KeyReused, NothingToUndo, UnknownRebind
 from kumo import WrongFile, by_field, read_messages, shown_message
 from message import NewMessage, check_text
 from names import Criteria, QueueName
 from queues import DuplicateMessage, Loaded, QueueSummary, registry
+from rebinding import printable
 from schemas import NotJSON, idempotency_key, parse_json, rebind_query, rebind_request
 from store import StoreError
 

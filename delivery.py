@@ -14,13 +14,15 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Select, delete, insert, select, update
 
-from history import NODEID, printable
+from history import NODEID
 from message import Message, domain_of
 from moving import MESSAGE_COLUMNS
 from names import DISCARDED, QueueName
 from queues import registry
-from store import StoreRefused, contents, log, messages
+from rebinding import printable
+from store import StoreRefused
 from streaming import read_message
+from tables import contents, log, messages
 
 DISCARD = 1000  # messages that one claim discards
 

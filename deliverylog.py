@@ -17,7 +17,8 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, Text, and_, cast, 
 from history import UnknownRebind, rfc3339, shared_changes
 from message import Changes, changed_meta, from_json
 from moving import FIRST_ROWS, of_rebind, rows_to_read
-from store import Database, log, rebinds
+from store import Database
+from tables import log, rebinds
 
 PRUNED_AT_ONCE = 5000  # keys of the log per transaction
 MAX_ATTEMPTS = 65535  # that a reader of KumoMTA's records takes

@@ -7,7 +7,7 @@ from typing import IO, Any
 
 import click
 
-from history import printable
+from rebinding import printable
 
 MIN_WIDTH = 12  # to which a column is cut at most
 GAP = "  "  # between columns

@@ -21,7 +21,7 @@ from deliverylog import MAX_ATTEMPTS
 from message import NewMessage, addresses_of, check_json, check_text, domain_of, from_json, recipient_of
 from names import queue_name
 from schemas import NotJSON, StrictInteger, checked, json_documents, text
-from store import FIRST_SECOND, LAST_SECOND, MAX_NAME
+from tables import FIRST_SECOND, LAST_SECOND, MAX_NAME
 
 MAX_REASONS = 5  # that an error names, of all that is wrong in one answer
 EXACT = Context(prec=400)  # digits: the difference of a double and its whole seconds has no more

@@ -26,7 +26,9 @@ from sqlalchemy import (
 )
 
 from message import Changes
-from store import MAX_NAME, TOO_LONG, StoreRefused, log, messages
+from rebinding import MAX_MOVES, Move, Plan
+from store import StoreRefused
+from tables import MAX_NAME, TOO_LONG, log, messages
 
 Item = TypeVar("Item")
 
@@ -34,7 +36,6 @@ BATCH = 500  # messages or records that are in memory at once
 MAX_BATCH = 2**21  # characters of their metadata, or bytes of their contents
 FIRST_ROWS = 4  # that are read, while nobody knows how large they are
 MANY = 1000  # messages: what rebinding them leaves to be done is done after the answer
-MAX_MOVES = 100  # entries of a plan
 MAX_KEYS = 30  # that are restored by SQL
 
 Row = Sequence[Any]
@@ -138,25 +139,6 @@ UPDATED_COLUMNS = Update._fields[:6]
 
 Decide = Callable[[Iterable[Row]], Iterator[Update]]
 """Makes updates of rows of `Selection.columns`, lazily and in their order. It may leave messages out, or stop."""
-
-
-class Move(NamedTuple):
-    """An entry of a plan: how many messages would go from one queue to another."""
-
-    source: str
-    to: str
-    messages: int
-
-
-class Plan(NamedTuple):
-    """What a rebind would do."""
-
-    matched: int
-    moved: int
-    moves: list[Move]
-    """The largest, at most MAX_MOVES."""
-    more: int
-    """How many entries were left out."""
 
 
 def fit_in_sql(keys: Sequence[str]) -> bool:

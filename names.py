@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Text, cast, func, literal, null
 
-from store import messages
+from tables import messages
 
 NAMING_KEYS = ("queue", "campaign", "tenant", "routing_domain")
 DISCARDED = "null"

@@ -54,7 +54,8 @@ from moving import (
 )
 from moving import Update as MessageUpdate
 from names import MetaText
-from store import TOO_LONG, StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable, log, messages
+from store import StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable
+from tables import TOO_LONG, log, messages
 
 BEGIN_WRITE = "BEGIN"
 

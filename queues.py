@@ -23,12 +23,13 @@ import history
 import postgresql
 import sqlite
 from deliverylog import EVERY_RECORD, LogFilter, Pruned
-from history import RebindRequest, RebindResult
 from message import NewMessage, domain_of
 from moving import MANY, MESSAGE_COLUMNS, NewState, Selection, batches, fit_in_sql, plan
 from names import ALL_QUEUES, DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
-from store import Database, StoreConflict, StoreUnusable, contents, messages
+from rebinding import RebindRequest, RebindResult, in_a_line
+from store import Database, StoreConflict, StoreUnusable
 from streaming import Stream, handled, restored
+from tables import contents, messages
 
 ENGINES = {"sqlite": sqlite, "postgresql": postgresql}
 ATTEMPTS = 3  # per rebind: PostgreSQL may end ours if another transaction locks the same messages in another order
@@ -104,7 +105,7 @@ class QueueRegistry:
             with self.database.begin_read() as db:
                 return self._rehearse(db, request, progress)
         rebind_id, start = history.new_id(), time.monotonic()
-        logger.info("rebind %s begins: %s", rebind_id, history.in_a_line(request))
+        logger.info("rebind %s begins: %s", rebind_id, in_a_line(request))
         try:
             result = self._attempt(request, rebind_id, progress)
         except BaseException as error:

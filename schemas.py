@@ -14,9 +14,9 @@ from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 
-from history import RebindRequest
 from message import check_text
 from names import NAMING_KEYS, Criteria
+from rebinding import RebindRequest
 
 MAX_KEYS = 1000  # of `data`
 

@@ -59,16 +59,8 @@ from moving import (
     rows_to_read,
 )
 from sqlitejson import changes, from_meta, merge, plain_keys, restored  # noqa: F401 the registry calls these here
-from store import (
-    TOO_LONG,
-    StoreDamaged,
-    StoreRefused,
-    StoreUnavailable,
-    StoreUnusable,
-    log,
-    messages,
-    messages_queue_due,
-)
+from store import StoreDamaged, StoreRefused, StoreUnavailable, StoreUnusable
+from tables import TOO_LONG, log, messages, messages_queue_due
 
 # A transaction that reads first and writes later fails at once if another wrote in between, whatever the busy timeout:
 # so a writer takes its turn at its beginning. A reader neither waits nor is waited for.

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Text, case, func, literal, literal_column
 
 from message import to_json
 from names import MetaText
-from store import messages
+from tables import messages
 
 _STRING = re.compile(rb'("(?:[^"\\]|\\.)*")(\s*:)?')  # with a colon after it, a key
 

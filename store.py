@@ -1,7 +1,6 @@
-"""The database: its tables, its transactions, and what its errors mean.
+"""The database: its connections, its transactions, and what its errors mean.
 
-The tables are a public interface (docs/contract.md, "Messages come and go"): senders add messages and delivery workers
-remove them, in any language, while rebinds run. What a rebind means is in queues.py, not here.
+What a rebind means is in queues.py, not here.
 """
 
 import json
@@ -10,43 +9,11 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
-from sqlalchemy import (
-    DDL,
-    REAL,
-    BigInteger,
-    CheckConstraint,
-    Column,
-    Connection,
-    Double,
-    Engine,
-    ForeignKey,
-    Identity,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    Table,
-    Text,
-    event,
-    insert,
-    inspect,
-    select,
-    text,
-)
-from sqlalchemy.dialects.postgresql import JSONB
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from message import from_json, recipient_of, recipient_text, to_json
-
-SCHEMA_VERSION = 2  # of the tables below; 1 had a `key` in messages, and no history
-MAX_NAME = 2000  # bytes of a queue's name or a message's id: what an index of PostgreSQL takes, with room to spare
-TOO_LONG = f"the name of a queue would be longer than {MAX_NAME} bytes"
-FIRST_SECOND, LAST_SECOND = -62135596800, 253402300799  # of the years 1 and 9999, in seconds since 1970
-
-# PostgreSQL writes a changed row beside the old one: if its page has room for that, a rebind takes three quarters of
-# the time (docs/performance.md).
-ROOM = {"fillfactor": 50}
+from tables import SCHEMA_VERSION, metadata, schema_version
 
 MAX_WAIT = 86_400  # seconds: within what both engines, and TCP's timers, can count
 
@@ -85,164 +52,6 @@ class StoreDamaged(StoreUnusable):
     """The file is damaged, or is not a database."""
 
 
-class Recipient(TypeDecorator[Any]):
-    """An envelope's recipient: an address, or a list of several. See `message.recipient_text`."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | list[str] | None, dialect: Any) -> str | None:
-        return None if value is None else recipient_text(value)
-
-    def process_result_value(self, value: str | None, dialect: Any) -> str | list[str] | None:
-        with suppress(ValueError, RecursionError):  # a list that no sender should have written is left as it is
-            return None if value is None else recipient_of(value)
-        return value
-
-
-class TextDocument(TypeDecorator[Any]):
-    """JSON in a column of type TEXT, as SQLite's STRICT tables need it."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: Any, dialect: Any) -> str | None:
-        return None if value is None else to_json(value)
-
-    def process_result_value(self, value: Any, dialect: Any) -> Any:
-        return None if value is None else from_json(value)
-
-
-Document = JSONB(none_as_null=True).with_variant(TextDocument(), "sqlite")
-Number = BigInteger().with_variant(Integer(), "sqlite")
-Seconds: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
-Name = Text().with_variant(Text(collation="C"), "postgresql")  # ordered by its bytes, as SQLite orders text
-
-
-def _is_time(column: str) -> CheckConstraint:
-    # NaN and the infinities are outside these limits too.
-    return CheckConstraint(f"{column} BETWEEN {FIRST_SECOND} AND {LAST_SECOND}", name=f"{column}_is_a_time")
-
-
-def _by_engine(name: str, sqlite: str, postgresql: str) -> tuple[CheckConstraint, CheckConstraint]:
-    """A constraint that each engine says in its own words."""
-    return (
-        CheckConstraint(sqlite, name=name).ddl_if(dialect="sqlite"),
-        CheckConstraint(postgresql, name=name).ddl_if(dialect="postgresql"),
-    )
-
-
-metadata = MetaData()
-
-schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True), sqlite_strict=True)
-
-messages = Table(
-    "messages",
-    metadata,
-    Column("id", Name, primary_key=True),
-    Column("sender", Text, nullable=False),
-    Column("recipient", Recipient, nullable=False),
-    Column("domain", Text, nullable=False),
-    Column("queue", Name, nullable=False),
-    Column("meta", Document, nullable=False),
-    Column("size", Number, nullable=False, server_default="0"),
-    Column("created", Seconds, nullable=False),
-    Column("due", Seconds, nullable=False),
-    Column("num_attempts", Integer, nullable=False, server_default="0"),
-    *_by_engine(
-        "id_length",
-        f"length(CAST(id AS BLOB)) BETWEEN 1 AND {MAX_NAME}",
-        f"octet_length(id) BETWEEN 1 AND {MAX_NAME}",
-    ),
-    *_by_engine(
-        "recipient_is_address_or_list",
-        "CASE WHEN substr(recipient, 1, 1) = '[' THEN json_valid(recipient) AND json_type(recipient) = 'array' "
-        "AND json_array_length(recipient) > 0 ELSE recipient <> '' END",
-        "CASE WHEN left(recipient, 1) = '[' THEN jsonb_array_length(recipient::jsonb) > 0 ELSE recipient <> '' END",
-    ),
-    *_by_engine("queue_length", f"length(CAST(queue AS BLOB)) <= {MAX_NAME}", f"octet_length(queue) <= {MAX_NAME}"),
-    *_by_engine(
-        "meta_is_object",
-        # json_type alone would accept JSON5 in later versions of SQLite.
-        "json_valid(meta) AND ltrim(meta, char(9, 10, 13, 32)) GLOB '{*'",
-        "jsonb_typeof(meta) = 'object'",
-    ),
-    CheckConstraint("size >= 0 AND num_attempts >= 0", name="counts_are_not_negative"),
-    _is_time("created"),
-    _is_time("due"),
-    sqlite_strict=True,
-    postgresql_with=ROOM,
-)
-
-messages_queue_due = Index("messages_queue_due", messages.c.queue, messages.c.due)
-
-contents = Table(
-    "contents",
-    metadata,
-    Column("id", Name, ForeignKey(messages.c.id, ondelete="CASCADE"), primary_key=True),
-    Column("data", LargeBinary, nullable=False),
-    sqlite_strict=True,
-)
-
-# SQLite honours the foreign key only on connections that ask for it, which a worker in another language may not do.
-event.listen(
-    contents,
-    "after_create",
-    DDL(  # type: ignore[no-untyped-call]
-        "CREATE TRIGGER content_goes AFTER DELETE ON messages BEGIN DELETE FROM contents WHERE id = old.id; END"
-    ).execute_if(dialect="sqlite"),
-)
-
-rebinds = Table(
-    "rebinds",
-    metadata,
-    Column("rebind_id", Text, primary_key=True),
-    Column("event_time", Seconds, nullable=False),
-    Column("actor", Text, nullable=False),
-    Column("nodeid", Text, nullable=False),
-    Column("reason", Text, nullable=False),
-    Column("request", Document, nullable=False),  # all that was asked, as history.asked gives it
-    Column("idempotency_key", Text, unique=True),
-    Column("matched", Number, nullable=False),
-    Column("moved", Number, nullable=False),
-    Column("flushed", Number, nullable=False),
-    Column("left_alone", Number),  # of an undo: Rebind-Left
-    Column("first_key", Number, nullable=False),  # its records' keys in the log lie from here …
-    Column("last_key", Number, nullable=False),  # … to here, with others' between them
-    _is_time("event_time"),
-    sqlite_strict=True,
-)
-
-log = Table(
-    "log",
-    metadata,
-    Column("key", Number, Identity(), primary_key=True),
-    Column("type", Text, nullable=False),
-    Column("id", Name, nullable=False),
-    Column("sender", Text, nullable=False),
-    Column("recipient", Recipient, nullable=False),
-    Column("queue", Name, nullable=False),
-    # of an AdminRebind record alone; what all records of a rebind share is in `rebinds`:
-    Column("old_queue", Name),
-    Column("rebind_id", Text),
-    Column("size", Number, nullable=False),
-    Column("created", Seconds, nullable=False),
-    Column("num_attempts", Integer, nullable=False),
-    # of all others:
-    Column("event_time", Seconds),
-    Column("nodeid", Text),
-    Column("details", Document),  # the fields of the record beside those of every record
-    # sender, recipient and meta are what they were before a rebind …
-    Column("meta", Document, nullable=False),
-    Column("changes", Document),  # … and this is what it changed (message.Changes), if not just what it asked for
-    _is_time("created"),
-    _is_time("event_time"),
-    CheckConstraint("event_time IS NOT NULL OR rebind_id IS NOT NULL", name="event_time_or_rebind"),
-    sqlite_autoincrement=True,  # a key is never used again, so that a reader who holds one misses nothing
-    sqlite_strict=True,
-)
-
-
 class Database:
     """A database of messages, and its transactions. It keeps nothing in memory except connections.
 
@@ -262,7 +71,7 @@ class Database:
             connections = engine.connect_to(url, busy_timeout)
         except (ArgumentError, ImportError, ValueError) as error:
             raise StoreUnusable(f"the database URL cannot be used: {error}") from error
-        event.listen(connections, "begin", _begin)
+        sa.event.listen(connections, "begin", _begin)
         self._autocommit = connections.execution_options(begin=None)
         self._reading = connections.execution_options(begin="BEGIN")
         self._writing = connections.execution_options(begin=engine.BEGIN_WRITE)
@@ -314,10 +123,10 @@ class Database:
             self.engine.open_file(self._url, self._may_create)
             with self._translated(), self._autocommit.begin() as db:
                 question, needed = self.engine.ENCODING
-                if (encoding := db.scalar(text(question))) != needed:
+                if (encoding := db.scalar(sa.text(question))) != needed:
                     raise StoreUnusable(f"the encoding of the database is {encoding}: it must be {needed}")
-                found = set(inspect(db).get_table_names()) & metadata.tables.keys()
-                version = (db.scalar(select(schema_version)) or 0) if schema_version.name in found else 1
+                found = set(sa.inspect(db).get_table_names()) & metadata.tables.keys()
+                version = (db.scalar(sa.select(schema_version)) or 0) if schema_version.name in found else 1
             if found:
                 self._refuse_version(version)
             elif self._may_create:
@@ -349,8 +158,8 @@ class Database:
         with self._translated(), self._writing.begin() as db:
             self.engine.take_turn(db)  # of several processes at once, one creates them
             metadata.create_all(db)
-            if not db.scalar(select(schema_version.c.version)):
-                db.execute(insert(schema_version).values(version=SCHEMA_VERSION))
+            if not db.scalar(sa.select(schema_version.c.version)):
+                db.execute(sa.insert(schema_version).values(version=SCHEMA_VERSION))
 
     def _refuse_version(self, version: int) -> None:
         if version != SCHEMA_VERSION:

@@ -9,11 +9,12 @@ from contextlib import suppress
 
 import event
 import history
-from history import RebindRequest
 from message import Changes, Message, changed_meta, domain_of, from_json, is_same, recipient_of, recipient_text, to_json
-from moving import MAX_MOVES, Move, Plan, Row, Update
+from moving import Row, Update
 from names import queue_name
-from store import MAX_NAME, TOO_LONG, StoreRefused
+from rebinding import MAX_MOVES, Move, Plan, RebindRequest
+from store import StoreRefused
+from tables import MAX_NAME, TOO_LONG
 
 
 class Stream:

@@ -7,7 +7,7 @@ import click
 from access import AccessError
 from app import SettingError, create_app
 from event import PolicyError
-from history import printable
+from rebinding import printable
 from store import StoreUnusable
 
 try:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from message import NewMessage  # noqa: E402
 from queues import registry  # noqa: E402
-from store import metadata  # noqa: E402
+from tables import metadata  # noqa: E402
 
 BLOCK, PAGE = 1 << 20, 4096  # bytes that are compared, and that are written, at once
 

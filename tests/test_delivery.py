@@ -10,10 +10,10 @@ from sqlalchemy import make_url, update
 from delivery import DISCARD, Claim, Outcome, bounced, claim, delivered, postponed, recipient_list, settle
 from deliverylog import response
 from event import rebind
-from history import RebindRequest
 from message import Message
 from queues import QueueRegistry
-from store import messages
+from rebinding import RebindRequest
+from tables import messages
 
 CONTENT = b"Subject: hello\r\n\r\nHello Ada\r\n"
 OK = {"response": response(250, "OK")}

@@ -14,7 +14,7 @@ from conftest import POSTGRESQL_BIN, PROGRAM, ROOT, Start, empty, engine_for, ne
 from sqlalchemy import make_url, select
 from test_deploy import program
 
-from store import metadata
+from tables import metadata
 
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 LONG = 300  # seconds for all commands of a document

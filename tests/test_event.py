@@ -15,10 +15,10 @@ from conftest import SITE_POLICY, ask, counts, logged, message, metas, names, no
 
 import event
 from event import HandlerFailed, NoHandler, rebind
-from history import RebindResult
 from message import Message
 from moving import BATCH
 from queues import QueueRegistry
+from rebinding import RebindResult
 
 Handler = Callable[..., object]
 

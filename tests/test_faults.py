@@ -59,10 +59,10 @@ from slow import POLICY, SlowRebind, held
 from sqlalchemy import make_url, text
 
 from event import rebind
-from history import RebindResult
 from message import Message
 from moving import BATCH
 from queues import QueueRegistry
+from rebinding import RebindResult
 from store import StoreUnavailable
 
 SEED = 11

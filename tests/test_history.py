@@ -33,15 +33,16 @@ from conftest import (
 from sqlalchemy import Connection, insert, make_url, text, update
 
 import deliverylog
-import store
+import tables
 from delivery import claim, delivered
 from deliverylog import LogFilter
 from event import HandlerFailed, rebind
-from history import NODEID, KeyReused, NothingToUndo, RebindResult, UnknownRebind
+from history import NODEID, KeyReused, NothingToUndo, UnknownRebind
 from message import Message
-from moving import Move, Plan
 from queues import QueueRegistry
-from store import FIRST_SECOND, LAST_SECOND, StoreRefused
+from rebinding import Move, Plan, RebindResult
+from store import StoreRefused
+from tables import FIRST_SECOND, LAST_SECOND
 
 METAS: list[dict[str, Any]] = [
     {"é": []},
@@ -217,7 +218,7 @@ def test_an_undo_passes_over_what_a_worker_wrote_while_the_rebind_ran(queues: Qu
 def test_recipients_whom_a_worker_has_served_since_do_not_come_back(queues: QueueRegistry, url: str) -> None:
     queues.load([message(["ada@a.example", "bob@b.example"]) for _ in range(2)])
     first = ask(queues, trigger_rebind_event=True)
-    served = update(store.messages).where(store.messages.c.id == stored(url)[0]["id"])
+    served = update(tables.messages).where(tables.messages.c.id == stored(url)[0]["id"])
     with queues.database.begin_write() as db:
         db.execute(served.values(recipient="ada@a.example", domain="a.example"))
     assert counts(undo(queues, first)) == (2, 2, 2)
@@ -658,7 +659,7 @@ def follow(
 def delivery(id: str) -> Any:
     """The statement by which a worker writes a record."""
     record = {"type": "Delivery", "sender": "", "recipient": "ada@a.example", "queue": "q", "meta": {}, "nodeid": "n"}
-    return insert(store.log).values(record | {"id": id, "size": 0, "created": 1, "num_attempts": 1, "event_time": 2})
+    return insert(tables.log).values(record | {"id": id, "size": 0, "created": 1, "num_attempts": 1, "event_time": 2})
 
 
 LATER_WRITERS = "w1 w2 c2 w3 w4 c4 c1 c3"  # 3 and 4 write while the reader waits for 1

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, update
 
-import store
+import tables
 from event import rebind
-from history import KeyReused, NothingToUndo, RebindRequest, RebindResult, UnknownRebind
+from history import KeyReused, NothingToUndo, UnknownRebind
 from message import Message, NewMessage
 from names import Criteria
 from queues import QueueRegistry
+from rebinding import RebindRequest, RebindResult
 
 NAMING = ("queue", "campaign", "tenant", "routing_domain")
 TEXTS = ("a", "b", "A", "", "a:b", "a@b", "b!a", "é", "null", "x.example", 'q"\\')
@@ -331,14 +332,14 @@ def in_log(record: Row) -> Row:
 def deliver(registry: QueueRegistry, model: Model, place: int, to_one: bool) -> None:
     """A worker removes a message, or its first recipient if there are several."""
     row = model.rows[place]
-    this = store.messages.c.id == row["id"]
+    this = tables.messages.c.id == row["id"]
     if to_one and isinstance(row["recipient"], list):
         left = row["recipient"][1:]
         row |= {"recipient": left if len(left) > 1 else left[0], "domain": domain_of(left)}
-        change: Any = update(store.messages).values(recipient=row["recipient"], domain=row["domain"])
+        change: Any = update(tables.messages).values(recipient=row["recipient"], domain=row["domain"])
     else:
         del model.rows[place]
-        change = delete(store.messages)
+        change = delete(tables.messages)
     with registry.database.begin_write() as db:
         db.execute(change.where(this))
 

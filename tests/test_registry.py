@@ -30,13 +30,15 @@ from conftest import (
 from sqlalchemy import delete, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
-import store
+import tables
 from event import HandlerFailed, rebind
 from message import Message
-from moving import BATCH, Move, Plan
+from moving import BATCH
 from names import queue_name
 from queues import DuplicateMessage, Loaded, QueueRegistry, QueueSummary
-from store import MAX_NAME, StoreRefused
+from rebinding import Move, Plan
+from store import StoreRefused
+from tables import MAX_NAME
 
 FLAGS = ("trigger_rebind_event", "always_flush", "suppress_logging")
 BY_DATA_AND_BY_EVENT = pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
@@ -640,7 +642,7 @@ def test_a_sender_that_writes_half_a_character_does_not_keep_others_from_being_r
 
 def test_a_content_without_its_message_is_refused(queues: QueueRegistry, url: str) -> None:
     with pytest.raises(StoreRefused), queues.database.begin_write() as db:
-        db.execute(insert(store.contents).values(id="nobody's", data=b"Hello"))
+        db.execute(insert(tables.contents).values(id="nobody's", data=b"Hello"))
     assert contents(url) == {}
 
 
@@ -664,7 +666,7 @@ def test_a_commit_in_sqlite_survives_a_power_loss(queues: QueueRegistry) -> None
 def test_a_transaction_that_reads_leaves_no_trace(queues: QueueRegistry, url: str) -> None:
     queues.load([message()])
     with nothing_changes(url), queues.database.begin_read() as db:
-        db.execute(delete(store.messages))
+        db.execute(delete(tables.messages))
 
 
 @BY_DATA_AND_BY_EVENT
@@ -679,7 +681,7 @@ def test_a_rebind_does_not_wait_for_those_who_only_read(queues: QueueRegistry, u
     queues.load([message()])
     queues.bind(url, busy_timeout=0)
     with locked(url, lock="BEGIN") as reader:
-        assert reader.scalar(select(func.count()).select_from(store.messages)) == 1
+        assert reader.scalar(select(func.count()).select_from(tables.messages)) == 1
         assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
 
 

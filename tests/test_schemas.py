@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from marshmallow import Schema, ValidationError
 
-from history import RebindRequest
 from names import NAMING_KEYS, Criteria
+from rebinding import RebindRequest
 from schemas import (
     NotJSON,
     QueryError,

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from queues import QueueRegistry
-from store import FIRST_SECOND, LAST_SECOND, MAX_NAME
+from tables import FIRST_SECOND, LAST_SECOND, MAX_NAME
 
 # A row of each table, as SQL.
 ROWS = {

@@ -19,7 +19,7 @@ from delivery import claim, postponed
 from deliverylog import response
 from message import NewMessage
 from queues import registry
-from store import messages
+from tables import messages
 
 
 def send(dice: random.Random, seed: int, end: float) -> list[str]:

@@ -1,0 +1,111 @@
+"""The values that travel: what is asked for, what came of it, and the plan of a dry run.
+
+docs/contract.md, "The request" and "Beyond the page".
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from message import to_json
+from names import ALL_QUEUES, Criteria
+
+MAX_MOVES = 100  # entries of a plan
+MAX_SHOWN = 200  # characters of a value in the diagnostic log
+
+
+class Move(NamedTuple):
+    """An entry of a plan: how many messages would go from one queue to another."""
+
+    source: str
+    to: str
+    messages: int
+
+
+class Plan(NamedTuple):
+    """What a rebind would do."""
+
+    matched: int
+    moved: int
+    moves: list[Move]
+    """The largest, at most MAX_MOVES."""
+    more: int
+    """How many entries were left out."""
+
+
+@dataclass(frozen=True)
+class RebindRequest:
+    """What is asked for: which messages to rebind, and how. docs/contract.md, "The request" and "Beyond the page"."""
+
+    reason: str
+    """Logged with every matched message."""
+    data: dict[str, str]
+    """The metadata to set, or what the event's handlers get."""
+    criteria: Criteria = ALL_QUEUES
+    """Which queues."""
+    trigger_rebind_event: bool = False
+    """Call the `rebind` event with each message and `data`, instead of setting `data`."""
+    always_flush: bool = False
+    """Make every matched message due now, not only those whose queue changed."""
+    suppress_logging: bool = False
+    """Write no AdminRebind records."""
+    dry_run: bool = False
+    """Only plan: change, record and keep nothing; the event's handlers are called."""
+    limit: int | None = None
+    """Handle at most this many messages, soonest due first."""
+    unset: tuple[str, ...] = ()
+    """Keys to remove from the metadata."""
+    undo: str | None = None
+    """The id of a rebind to take back."""
+    idempotency_key: str | None = None
+    """A request with the same key is answered once, and repeated answers are the same."""
+    actor: str = ""
+    """Who asks: a user's name, or an address."""
+
+    def asked(self) -> dict[str, Any]:
+        """All that was asked, as the history keeps it; what was left out is missing."""
+        fields = asdict(self)
+        criteria = fields.pop("criteria")
+        for name in ("actor", "idempotency_key", "dry_run"):
+            del fields[name]
+        return {name: value for name, value in (fields | criteria).items() if value not in (None, False, ())} | {
+            "unset": sorted(self.unset)
+        }
+
+
+@dataclass(frozen=True)
+class RebindResult:
+    """What a rebind did, or with a dry run would do."""
+
+    matched: int
+    """How many messages were handled."""
+    moved: int
+    """How many of them are in another queue now."""
+    flushed: int
+    """How many of them were made due now."""
+    left: int | None = None
+    """Of an undo: how many messages of the first rebind have moved on or are gone, and are left alone."""
+    rebind_id: str | None = None
+    """A UUID, on every record and in the history; None for a dry run."""
+    plan: Plan | None = None
+    """Of a dry run: from which queue to which queue how many would go."""
+
+    def in_a_line(self) -> str:
+        """For the diagnostic log."""
+        left = "" if self.left is None else f", {self.left} left alone"
+        return f"{self.matched} matched, {self.moved} moved, {self.flushed} flushed{left}"
+
+
+def in_a_line(request: RebindRequest) -> str:
+    """Who asks, and for what, for the diagnostic log: long values are cut, and nothing can break the line."""
+    values = {"actor": request.actor, **request.asked(), "idempotency_key": request.idempotency_key}
+    return " ".join(f"{name}={_short(value)}" for name, value in values.items() if value not in (None, []))
+
+
+def _short(value: Any) -> str:
+    text = printable(to_json(value))
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def printable(text: str) -> str:
+    """The text with line breaks and terminal control characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

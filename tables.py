@@ -1,0 +1,183 @@
+"""The tables, which are a public interface: docs/tables.md describes every column.
+
+Senders add messages and delivery workers remove them, in any language, while rebinds run (docs/contract.md, "Messages
+come and go").
+"""
+
+from contextlib import suppress
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from message import from_json, recipient_of, recipient_text, to_json
+
+SCHEMA_VERSION = 2  # of the tables below; 1 had a `key` in messages, and no history
+MAX_NAME = 2000  # bytes of a queue's name or a message's id: what an index of PostgreSQL takes, with room to spare
+TOO_LONG = f"the name of a queue would be longer than {MAX_NAME} bytes"
+FIRST_SECOND, LAST_SECOND = -62135596800, 253402300799  # of the years 1 and 9999, in seconds since 1970
+
+# PostgreSQL writes a changed row beside the old one: if its page has room for that, a rebind takes three quarters of
+# the time (docs/performance.md).
+ROOM = {"fillfactor": 50}
+
+
+class Recipient(TypeDecorator[Any]):
+    """An envelope's recipient: an address, or a list of several. See `message.recipient_text`."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | list[str] | None, dialect: Any) -> str | None:
+        return None if value is None else recipient_text(value)
+
+    def process_result_value(self, value: str | None, dialect: Any) -> str | list[str] | None:
+        with suppress(ValueError, RecursionError):  # a list that no sender should have written is left as it is
+            return None if value is None else recipient_of(value)
+        return value
+
+
+class TextDocument(TypeDecorator[Any]):
+    """JSON in a column of type TEXT, as SQLite's STRICT tables need it."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> str | None:
+        return None if value is None else to_json(value)
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        return None if value is None else from_json(value)
+
+
+Document = JSONB(none_as_null=True).with_variant(TextDocument(), "sqlite")
+Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+Seconds: TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")
+Name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")  # ordered by its bytes, as SQLite orders text
+
+
+def _is_time(column: str) -> sa.CheckConstraint:
+    # NaN and the infinities are outside these limits too.
+    return sa.CheckConstraint(f"{column} BETWEEN {FIRST_SECOND} AND {LAST_SECOND}", name=f"{column}_is_a_time")
+
+
+def _by_engine(name: str, sqlite: str, postgresql: str) -> tuple[sa.CheckConstraint, sa.CheckConstraint]:
+    """A constraint that each engine says in its own words."""
+    return (
+        sa.CheckConstraint(sqlite, name=name).ddl_if(dialect="sqlite"),
+        sa.CheckConstraint(postgresql, name=name).ddl_if(dialect="postgresql"),
+    )
+
+
+metadata = sa.MetaData()
+
+schema_version = sa.Table(
+    "schema_version", metadata, sa.Column("version", sa.Integer, primary_key=True), sqlite_strict=True
+)
+
+messages = sa.Table(
+    "messages",
+    metadata,
+    sa.Column("id", Name, primary_key=True),
+    sa.Column("sender", sa.Text, nullable=False),
+    sa.Column("recipient", Recipient, nullable=False),
+    sa.Column("domain", sa.Text, nullable=False),
+    sa.Column("queue", Name, nullable=False),
+    sa.Column("meta", Document, nullable=False),
+    sa.Column("size", Number, nullable=False, server_default="0"),
+    sa.Column("created", Seconds, nullable=False),
+    sa.Column("due", Seconds, nullable=False),
+    sa.Column("num_attempts", sa.Integer, nullable=False, server_default="0"),
+    *_by_engine(
+        "id_length",
+        f"length(CAST(id AS BLOB)) BETWEEN 1 AND {MAX_NAME}",
+        f"octet_length(id) BETWEEN 1 AND {MAX_NAME}",
+    ),
+    *_by_engine(
+        "recipient_is_address_or_list",
+        "CASE WHEN substr(recipient, 1, 1) = '[' THEN json_valid(recipient) AND json_type(recipient) = 'array' "
+        "AND json_array_length(recipient) > 0 ELSE recipient <> '' END",
+        "CASE WHEN left(recipient, 1) = '[' THEN jsonb_array_length(recipient::jsonb) > 0 ELSE recipient <> '' END",
+    ),
+    *_by_engine("queue_length", f"length(CAST(queue AS BLOB)) <= {MAX_NAME}", f"octet_length(queue) <= {MAX_NAME}"),
+    *_by_engine(
+        "meta_is_object",
+        # json_type alone would accept JSON5 in later versions of SQLite.
+        "json_valid(meta) AND ltrim(meta, char(9, 10, 13, 32)) GLOB '{*'",
+        "jsonb_typeof(meta) = 'object'",
+    ),
+    sa.CheckConstraint("size >= 0 AND num_attempts >= 0", name="counts_are_not_negative"),
+    _is_time("created"),
+    _is_time("due"),
+    sqlite_strict=True,
+    postgresql_with=ROOM,
+)
+
+messages_queue_due = sa.Index("messages_queue_due", messages.c.queue, messages.c.due)
+
+contents = sa.Table(
+    "contents",
+    metadata,
+    sa.Column("id", Name, sa.ForeignKey(messages.c.id, ondelete="CASCADE"), primary_key=True),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+    sqlite_strict=True,
+)
+
+# SQLite honours the foreign key only on connections that ask for it, which a worker in another language may not do.
+sa.event.listen(
+    contents,
+    "after_create",
+    sa.DDL(  # type: ignore[no-untyped-call]
+        "CREATE TRIGGER content_goes AFTER DELETE ON messages BEGIN DELETE FROM contents WHERE id = old.id; END"
+    ).execute_if(dialect="sqlite"),
+)
+
+rebinds = sa.Table(
+    "rebinds",
+    metadata,
+    sa.Column("rebind_id", sa.Text, primary_key=True),
+    sa.Column("event_time", Seconds, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("nodeid", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("request", Document, nullable=False),  # all that was asked, as history.asked gives it
+    sa.Column("idempotency_key", sa.Text, unique=True),
+    sa.Column("matched", Number, nullable=False),
+    sa.Column("moved", Number, nullable=False),
+    sa.Column("flushed", Number, nullable=False),
+    sa.Column("left_alone", Number),  # of an undo: Rebind-Left
+    sa.Column("first_key", Number, nullable=False),  # its records' keys in the log lie from here …
+    sa.Column("last_key", Number, nullable=False),  # … to here, with others' between them
+    _is_time("event_time"),
+    sqlite_strict=True,
+)
+
+log = sa.Table(
+    "log",
+    metadata,
+    sa.Column("key", Number, sa.Identity(), primary_key=True),
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("id", Name, nullable=False),
+    sa.Column("sender", sa.Text, nullable=False),
+    sa.Column("recipient", Recipient, nullable=False),
+    sa.Column("queue", Name, nullable=False),
+    # of an AdminRebind record alone; what all records of a rebind share is in `rebinds`:
+    sa.Column("old_queue", Name),
+    sa.Column("rebind_id", sa.Text),
+    sa.Column("size", Number, nullable=False),
+    sa.Column("created", Seconds, nullable=False),
+    sa.Column("num_attempts", sa.Integer, nullable=False),
+    # of all others:
+    sa.Column("event_time", Seconds),
+    sa.Column("nodeid", sa.Text),
+    sa.Column("details", Document),  # the fields of the record beside those of every record
+    # sender, recipient and meta are what they were before a rebind …
+    sa.Column("meta", Document, nullable=False),
+    sa.Column("changes", Document),  # … and this is what it changed (message.Changes), if not just what it asked for
+    _is_time("created"),
+    _is_time("event_time"),
+    sa.CheckConstraint("event_time IS NOT NULL OR rebind_id IS NOT NULL", name="event_time_or_rebind"),
+    sqlite_autoincrement=True,  # a key is never used again, so that a reader who holds one misses nothing
+    sqlite_strict=True,
+)
