@@ -21,7 +21,7 @@ from stores import ROOT, Store, file_to_load
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import PATH, Service, start_service, stop_service
+from services import PATH, Service, start_service, stop_service
 
 from deliverylog import LogFilter
 from queues import registry

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from conftest import ROOT, message, until
+from factories import message
+from services import ROOT
+from waiting import until
 
 from moving import BATCH
 from queues import QueueRegistry

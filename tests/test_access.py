@@ -18,17 +18,11 @@ from typing import Any
 
 import bcrypt
 import pytest
-from conftest import (
-    PATH,
-    Answer,
-    Service,
-    Start,
-    is_problem,
-    logged,
-    message,
-    stored,
-)
+from answers import Answer, is_problem
+from databases import logged, stored
+from factories import message
 from flask.testing import FlaskClient
+from services import PATH, Service, Start
 
 from access import AccessError
 from app import create_app

@@ -12,27 +12,12 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import (
-    MIB,
-    PATH,
-    PATIENCE,
-    From,
-    Service,
-    Start,
-    done,
-    history,
-    is_problem,
-    is_unavailable,
-    locked,
-    logged,
-    message,
-    metas,
-    names,
-    new_database,
-    nothing_changes,
-    until,
-)
+from answers import done, is_problem, is_unavailable
+from databases import history, locked, logged, metas, names, new_database, nothing_changes
+from factories import message
+from services import MIB, PATH, From, Service, Start
 from sqlalchemy import make_url
+from waiting import PATIENCE, until
 
 from access import AccessError
 from app import SettingError, create_app

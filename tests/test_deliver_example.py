@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
-from conftest import ROOT, Service, engine_for, free_port, message, stored, until
+from databases import engine_for, stored
+from factories import message
+from services import ROOT, Service, free_port
 from sqlalchemy import NullPool, create_engine, make_url, text
+from waiting import until
 
 from queues import QueueRegistry
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, ask, contents, engine_for, message, run_sql, stored
+from databases import contents, engine_for, run_sql, stored
+from factories import ask, message
 from sqlalchemy import make_url, update
+from waiting import PATIENCE
 
 from delivery import DISCARD, Claim, Outcome, bounced, claim, delivered, postponed, recipient_list, settle
 from deliverylog import response

@@ -26,8 +26,11 @@ from typing import Any
 import bcrypt
 import pytest
 import requests
-from conftest import PATH, ROOT, From, Service, free_port, logged, message, start_service, stop_service, stored, until
+from databases import logged, stored
+from factories import message
+from services import PATH, ROOT, From, Service, free_port, start_service, stop_service
 from slow import MESSAGES, POLICY, slow_rebind
+from waiting import until
 
 from app import MAX_BODY
 from queues import QueueRegistry

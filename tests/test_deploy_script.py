@@ -8,7 +8,7 @@ from getpass import getuser
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from services import ROOT
 
 MESSAGE = '{"id": "a", "message": {"sender": "a@example.com", "recipient": "b@example.com"}}'
 

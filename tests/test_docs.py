@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import POSTGRESQL_BIN, PROGRAM, ROOT, Start, empty, engine_for, new_database, run_sql
+from databases import POSTGRESQL_BIN, empty, engine_for, new_database, run_sql
+from services import ROOT, Start
 from sqlalchemy import make_url, select
+from terminal import PROGRAM
 from test_deploy import program
 
 from tables import metadata

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from conftest import ROOT
 from flask import Flask
+from services import ROOT
 from test_openapi import PARAMETERS, RESPONSES
 
 import cli

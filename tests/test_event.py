@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SITE_POLICY, ask, counts, logged, message, metas, names, nothing_changes, run_sql, stored
+from databases import logged, metas, names, nothing_changes, run_sql, stored
+from factories import ask, counts, message
+from services import SITE_POLICY
 
 import event
 from event import HandlerFailed, NoHandler, rebind

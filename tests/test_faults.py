@@ -30,33 +30,15 @@ from typing import Any, Literal
 import psycopg
 import pytest
 import requests
-from conftest import (
-    PATH,
-    PATIENCE,
-    ROOT,
-    Link,
-    Service,
-    Start,
-    ask,
-    contents,
-    counts,
-    done,
-    empty,
-    engine_for,
-    history,
-    is_problem,
-    is_unavailable,
-    listening,
-    logged,
-    message,
-    new_database,
-    stored,
-    until,
-    workers,
-)
+from answers import done, is_problem, is_unavailable
+from databases import contents, empty, engine_for, history, listening, logged, new_database, stored
 from doomed import before_each_statement
+from factories import ask, counts, message
+from links import Link
+from services import PATH, ROOT, Service, Start, workers
 from slow import POLICY, SlowRebind, held
 from sqlalchemy import make_url, text
+from waiting import PATIENCE, until
 
 from event import rebind
 from message import Message

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import MIB, PATH, Service, Start, engine_for, logged, message, stored, until, workers
+from databases import engine_for, logged, stored
+from factories import message
+from services import MIB, PATH, Service, Start, workers
 from slow import MESSAGES, POLICY, slow_rebind
+from waiting import until
 
 from app import MAX_REBINDS
 from queues import QueueRegistry

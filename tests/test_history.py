@@ -14,15 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import (
-    PATIENCE,
-    ask,
-    counts,
+from databases import (
     engine_for,
     history,
     listening,
     logged,
-    message,
     metas,
     names,
     new_database,
@@ -30,7 +26,9 @@ from conftest import (
     run_sql,
     stored,
 )
+from factories import ask, counts, message
 from sqlalchemy import Connection, insert, make_url, text, update
+from waiting import PATIENCE
 
 import deliverylog
 import tables

@@ -13,7 +13,11 @@ from contextlib import suppress
 from http import HTTPStatus
 
 import pytest
-from conftest import PATH, Service, Start, done, is_problem, message, nothing_changes, until
+from answers import done, is_problem
+from databases import nothing_changes
+from factories import message
+from services import PATH, Service, Start
+from waiting import until
 
 from queues import QueueRegistry
 

@@ -18,28 +18,12 @@ from urllib.parse import urlencode
 
 import pytest
 import requests
-from conftest import (
-    PATH,
-    ROOT,
-    SITE_POLICY,
-    Service,
-    Start,
-    ask,
-    contents,
-    counts,
-    done,
-    engine_for,
-    history,
-    is_unavailable,
-    locked,
-    logged,
-    message,
-    names,
-    run_sql,
-    stored,
-    until,
-)
+from answers import done, is_unavailable
+from databases import contents, engine_for, history, locked, logged, names, run_sql, stored
+from factories import ask, counts, message
+from services import PATH, ROOT, SITE_POLICY, Service, Start
 from sqlalchemy import Connection, text
+from waiting import until
 
 from delivery import claim, postponed
 from event import rebind

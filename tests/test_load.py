@@ -10,7 +10,10 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from conftest import PATH, SITE_POLICY, Service, Start, engine_for, logged, message, stored, until, workers
+from databases import engine_for, logged, stored
+from factories import message
+from services import PATH, SITE_POLICY, Service, Start, workers
+from waiting import until
 
 from queues import QueueRegistry
 

@@ -12,20 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    Command,
-    Flask,
-    ask,
-    contents,
-    locked,
-    logged,
-    message,
-    nothing_changes,
-    on_a_terminal,
-    peak,
-    run_sql,
-    stored,
-)
+from databases import contents, locked, logged, nothing_changes, run_sql, stored
+from factories import ask, message
+from terminal import Command, Flask, on_a_terminal, peak
 
 from moving import BATCH
 from queues import QueueRegistry

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import empty, history, in_order, message, stored
+from databases import empty, history, in_order, stored
+from factories import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, update

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Flask, Service, ask, counts, done, engine_for, logged, message, run_sql, set_data, stored, until
+from answers import done
+from databases import engine_for, logged, run_sql, stored
+from factories import ask, counts, message, set_data
+from services import Service
 from sqlalchemy import inspect, make_url, text
+from terminal import Flask
+from waiting import until
 
 import postgresql
 from event import HandlerFailed, rebind

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from conftest import Flask, ask, engine_for, message, run_sql, stored
+from databases import engine_for, run_sql, stored
+from factories import ask, message
+from terminal import Flask
 
 from delivery import Outcome, claim, delivered, settle
 from event import rebind

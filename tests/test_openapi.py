@@ -13,9 +13,11 @@ import pytest
 import requests
 import schemathesis
 import yaml
-from conftest import PATH, ROOT, SITE_POLICY, Service, Start, engine_for, locked, message, stored
+from databases import engine_for, locked, stored
+from factories import message
 from hypothesis import assume, settings
 from marshmallow import RAISE, Schema, ValidationError, fields, missing
+from services import PATH, ROOT, SITE_POLICY, Service, Start
 from test_schemas import KEYS, NO_KEYS
 from werkzeug.exceptions import HTTPException
 

@@ -4,7 +4,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from conftest import message
+from factories import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text

@@ -10,23 +10,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from conftest import (
-    ODD_TEXT,
-    ask,
-    contents,
-    counts,
-    history,
-    in_order,
-    locked,
-    logged,
-    message,
-    metas,
-    names,
-    nothing_changes,
-    run_sql,
-    set_data,
-    stored,
-)
+from databases import contents, history, in_order, locked, logged, metas, names, nothing_changes, run_sql, stored
+from factories import ODD_TEXT, ask, counts, message, set_data
 from sqlalchemy import delete, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 

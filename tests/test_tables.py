@@ -8,7 +8,9 @@ import re
 from typing import Any
 
 import pytest
-from conftest import ROOT, ask, contents, engine_for, logged, run_sql, stored
+from databases import contents, engine_for, logged, run_sql, stored
+from factories import ask
+from services import ROOT
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
