@@ -3,40 +3,32 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
 
 import click
-from flask import Blueprint, Flask, Response, current_app, g, jsonify, request
+from flask import Blueprint, Flask, Response, abort, current_app, g, jsonify, request
 from flask.logging import default_handler
 from marshmallow import ValidationError
-from werkzeug.exceptions import (
-    BadRequest,
-    HTTPException,
-    RequestEntityTooLarge,
-    ServiceUnavailable,
-    UnsupportedMediaType,
-)
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
 import access
 import cli
 import event
 import queues
-from access import actor
 from event import HandlerFailed, NoHandler
 from history import KeyReused, NothingToUndo, UnknownRebind
 from queues import registry
-from rebinding import RebindResult, printable
-from schemas import NotJSON, QueryError, idempotency_key, parse_json, rebind_query, rebind_request
+from rebinding import RebindRequest, RebindResult, printable
+from schemas import NotJSON, QueryError, idempotency_key, in_a_line, parse_json, rebind_query, rebind_request
 from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
 MAX_BODY = 1024 * 1024  # bytes
-RETRY_AFTER = 5  # seconds
+TOO_LARGE = "the body is larger than 1 MiB"
+RETRY_AFTER = "5"  # seconds
 SETTINGS = {
     "DATABASE_URL": None,
     "BUSY_TIMEOUT": 30,
@@ -60,13 +52,15 @@ class SettingError(Exception):
 
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
-    """The service, with its settings from the environment (REBIND_…) or from `config`, which takes precedence.
+    """The service. Its settings are in the environment (REBIND_…) or in `config`, which takes precedence.
 
     Raises SettingError, StoreUnusable, event.PolicyError and access.AccessError.
     """
     app = Flask(__name__, static_folder=None)
     app.config.from_mapping(SETTINGS)
-    read_environment(app)
+    if unknown := [name for name in os.environ if name.startswith("REBIND_") and name[7:] not in SETTINGS]:
+        raise SettingError(f"unknown setting {unknown[0]}")  # a misspelt one must not be ignored
+    app.config.from_prefixed_env("REBIND", loads=str)
     app.config.from_mapping(config or {})
     app.url_map.merge_slashes = False  # a path with a double slash is another path, not a redirect
     app.json.sort_keys = False  # type: ignore[attr-defined]
@@ -86,35 +80,18 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     for error_class in STATUS:
         app.register_error_handler(error_class, registry_problem)
     cli.init_app(app)
-    if serves():
+    command = click.get_current_context(silent=True)
+    if command is None or command.info_name == "run":  # not for a command such as `flask load`
         start(app)
     return app
 
 
-def read_environment(app: Flask) -> None:
-    """Take the settings from REBIND_… Raises SettingError: a misspelt one must not be ignored."""
-    unknown = [name for name in os.environ if name.startswith("REBIND_") and name[7:] not in SETTINGS]
-    if unknown:
-        raise SettingError(f"unknown setting {unknown[0]}")
-    app.config.from_prefixed_env("REBIND", loads=str)
-
-
-def serves() -> bool:
-    """Whether requests will be served, and not only a command run: `flask load`, for example."""
-    command = click.get_current_context(silent=True)
-    return command is None or command.info_name == "run"
-
-
 def start(app: Flask) -> None:
-    """Let the registry write to the diagnostic log, create the store if there is none, check it once, and say so.
-
-    Raises StoreUnusable.
-    """
+    """Let the registry write to the diagnostic log, and create the store if there is none. Raises StoreUnusable."""
     queues.logger.setLevel(logging.INFO)
     queues.logger.addHandler(default_handler)
     try:
         registry.prepare()
-        registry.check()
     except StoreUnavailable as error:
         app.logger.warning("%s; until then, requests are answered with 503", error.in_full)
     app.logger.info("rebind %s on %s", cli.VERSION, registry.database.shown)
@@ -125,16 +102,8 @@ def rebind() -> Response:
     """Rebind messages. docs/contract.md, "The request" and "Beyond the page"."""
     query = rebind_query(dict(request.args.lists()))
     key = None if query["dry_run"] else idempotency_key(request.headers.get("Idempotency-Key"))
-    asked = rebind_request(read_json(), query, key, actor())
-    with room_for_a_rebind(asked.dry_run):
-        result = registry.rebind(asked)
-    response = answer(result)
-    response.call_on_close(partial(registry.tidy, result))
-    return response
-
-
-def answer(result: RebindResult) -> Response:
-    """What was done, in headers; of a dry run the plan, as the body."""
+    asked = rebind_request(read_json(), query, key, g.actor)
+    result = registry.rebind(asked) if asked.dry_run else rebind_in_turn(asked)
     body: dict[str, Any] = {}
     if result.plan is not None:
         moves = [{"from": move.source, "to": move.to, "messages": move.messages} for move in result.plan.moves]
@@ -146,19 +115,12 @@ def answer(result: RebindResult) -> Response:
     return response
 
 
-@contextmanager
-def room_for_a_rebind(dry_run: bool) -> Iterator[None]:
-    """Hold one of the MAX_REBINDS places. A dry run needs none, because it does not wait for others.
-
-    Raises ServiceUnavailable at once if all places are taken.
-    """
-    if dry_run:
-        yield
-        return
+def rebind_in_turn(asked: RebindRequest) -> RebindResult:
+    """Do it, at most MAX_REBINDS at a time: one more raises ServiceUnavailable. A dry run waits for nobody."""
     if not _rebinds.acquire(blocking=False):
-        raise ServiceUnavailable(f"{MAX_REBINDS} rebinds are running or waiting already")
+        abort(503, f"{MAX_REBINDS} rebinds are running or waiting already")
     try:
-        yield
+        return registry.rebind(asked)
     finally:
         _rebinds.release()
 
@@ -169,16 +131,14 @@ def read_json() -> Any:
         raise UnsupportedMediaType("the content type must be application/json")
     if "Content-Encoding" in request.headers:
         raise UnsupportedMediaType("the body must not have a Content-Encoding")
-    # werkzeug silently truncates a chunked body at this limit, so allow one byte more.
-    request.max_content_length = MAX_BODY + 1
+    if (request.content_length or 0) > MAX_BODY:
+        raise RequestEntityTooLarge(TOO_LARGE)
     try:
-        body = request.get_data(cache=False)
-    except HTTPException:
-        raise
+        body = request.stream.read(MAX_BODY + 1)
     except Exception as error:  # each server has its own for a chunk that is malformed or missing
         raise BadRequest(f"the body cannot be read to its end: {error}") from error
     if len(body) > MAX_BODY:
-        raise RequestEntityTooLarge
+        raise RequestEntityTooLarge(TOO_LARGE)
     if request.content_length not in (None, len(body)):
         raise BadRequest("the body ends before its Content-Length")
     try:
@@ -187,14 +147,10 @@ def read_json() -> Any:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
 
 
-def problem(
-    status: int, detail: str, errors: Any = None, reason: str = "", cause: BaseException | None = None
-) -> Response:
+def problem(status: int, detail: str, errors: Any = None, reason: str = "", cause: Any = None) -> Response:
     """A problem document, and a line about it in the diagnostic log.
 
-    errors: by field, as marshmallow gives them.
-    reason: for the log, if it is more than `detail`.
-    cause: for the log too, with its traceback.
+    errors: by field, as marshmallow gives them. reason: for the log, instead of `detail`. cause: an exception, for it.
     """
     asked = f"{g.get('actor', 'unknown')} {request.method} {request.full_path.rstrip('?')}"
     current_app.logger.info("%s", printable(f"{asked} {status} {reason or detail}"), exc_info=cause)
@@ -203,25 +159,23 @@ def problem(
         document["errors"] = errors
     response = Response(json.dumps(document) + "\n", status, content_type="application/problem+json")
     if status == 503:
-        response.headers["Retry-After"] = str(RETRY_AFTER)
+        response.headers["Retry-After"] = RETRY_AFTER
     return response
 
 
 def http_problem(error: HTTPException) -> Response:
     """What Flask and werkzeug raise, an unknown error included, with the headers that belong to it, such as Allow."""
-    response = error.get_response()
     document = problem(error.code or 500, error.description or "")
-    document.headers.extend(
-        (name, value) for name, value in response.headers if name not in ("Content-Type", "Content-Length")
-    )
+    document.headers.extend(header for header in error.get_headers() if header[0] != "Content-Type")
     return document
 
 
 def fields_problem(error: ValidationError) -> Response:
     """A query, an Idempotency-Key or a body that is not understood."""
+    status, wrong = 422, "the body is not a request to rebind"
     if isinstance(error, QueryError):
-        return problem(400, "a query parameter or a header is wrong: see errors", error.messages)
-    return problem(422, "the body is not a request to rebind: see errors", error.messages)
+        status, wrong = 400, "a query parameter or a header is wrong"
+    return problem(status, f"{wrong}: see errors", error.messages, reason=f"{wrong}: {in_a_line(error.messages)}")
 
 
 def registry_problem(error: Exception) -> Response:

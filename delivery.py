@@ -1,89 +1,117 @@
 """What a delivery worker does to the queues: it claims messages that are due, and then says what became of each.
 
 It is for workers in Python; others do the same with plain SQL (docs/contract.md, "Delivery workers"). A claim is a
-lease by `due`: the message is not due again before the lease ends, so that a crashed worker's messages come back.
+lease: nobody else claims the message before `leased_until`, so that a crashed worker's messages come back.
 """
 
 import logging
-import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Select, delete, insert, select, update
+import sqlalchemy as sa
 
 from history import NODEID
-from message import Message, domain_of
+from message import Message, domain_of, read_message
 from moving import MESSAGE_COLUMNS
 from names import DISCARDED, QueueName
-from queues import registry
+from queues import claimable, registry
 from rebinding import printable
-from store import StoreRefused
-from streaming import read_message
 from tables import contents, log, messages
 
 DISCARD = 1000  # messages that one claim discards
+QUEUES = 16  # names that are looked up at once
+SPARE = 15  # queues that one claim looks at beyond `count`, since others may have been there first
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
 class Claim(Message):
-    """A message that is this worker's to deliver until `due`."""
+    """A message that is this worker's to deliver until `leased_until`."""
 
     content: bytes
+    leased_until: float
+    """In seconds since 1970."""
+
+
+class _Place:
+    """Where the next claim begins: after this queue, in the order of names. So each queue has its turn."""
+
+    queue: str | None = None
 
 
 def claim(count: int, lease: float) -> list[Claim]:
-    """At most `count` messages that are due, each claimed by nobody else, for `lease` seconds.
+    """At most `count` messages that are due, each claimed by nobody else, for `lease` seconds. Raises StoreUnavailable.
 
-    Queues on hold are skipped, and what is due in queue `null` is discarded. On PostgreSQL, messages that others hold,
-    a rebind included, are passed over without waiting. One that Python cannot read is passed over, and logged.
-    Raises StoreUnavailable.
+    What is due in queue `null` is discarded first. Queues on hold are skipped; the others take turns. Messages that
+    PostgreSQL has locked for others are passed over, and so is one that Python cannot read, which is logged.
     """
-    now = time.time()
-    claims: list[Claim] = []
     with registry.database.autocommit() as db:
-        names = [name for name in registry.due_queues(db, now) if not QueueName.parse(name).on_hold]
-    if not names:
-        return []
-    random.shuffle(names)  # so that a queue with many messages does not keep the others waiting
+        now = registry.database.backend.now(db)
+        discards = db.scalar(_due(sa.select(messages.c.id), DISCARDED, now).limit(1)) is not None
+        names = list(islice(_deliverable_queues(db, now), count + SPARE))
+    claims: list[Claim] = []
+    if not (names or discards):
+        return claims
     with registry.database.begin_write() as db:
+        if discards:
+            _discard(db, now)
         for name in names:
-            if name == DISCARDED:
-                _discard(db, now)
-            else:
-                claims += _claim_from(db, name, count - len(claims), now, now + lease)
+            claims += _claim_from(db, name, count - len(claims), now, now + lease)
+            _Place.queue = name
             if len(claims) == count:
                 break
     return claims
 
 
-def _discard(db: Connection, now: float) -> None:
-    waiting = _due(select(messages.c.id), DISCARDED, now).limit(DISCARD).with_for_update(skip_locked=True)
-    db.execute(delete(messages).where(messages.c.id.in_(waiting)))
+def _deliverable_queues(db: sa.Connection, now: float) -> Iterator[str]:
+    """The queues with something to deliver, beginning at the place, once around."""
+    ways = [(_Place.queue, None), (None, _Place.queue)] if _Place.queue is not None else [(None, None)]
+    for after, last in ways:
+        while names := registry.due_queues(db, now, after, last, QUEUES):
+            if not _is_exact(names[-1]):
+                yield from filter(_is_deliverable, registry.due_queues(db, now, after, last, None))
+                break
+            yield from filter(_is_deliverable, names)
+            after = names[-1]
 
 
-def _claim_from(db: Connection, name: str, count: int, now: float, until: float) -> list[Claim]:
-    found = _due(select(*MESSAGE_COLUMNS), name, now).order_by(messages.c.due).limit(count)
+def _is_deliverable(name: str) -> bool:
+    return name != DISCARDED and _is_exact(name) and not QueueName.parse(name).on_hold
+
+
+def _is_exact(name: str) -> bool:
+    """Whether the name is in the table as it was read. One that is not UTF-8 is not, and cannot be asked for."""
+    return name.isascii() or ("\ufffd" not in name and name == name.encode(errors="replace").decode())
+
+
+def _discard(db: sa.Connection, now: float) -> None:
+    waiting = _due(sa.select(messages.c.id), DISCARDED, now).limit(DISCARD).with_for_update(skip_locked=True)
+    db.execute(sa.delete(messages).where(messages.c.id.in_(waiting)))
+
+
+def _claim_from(db: sa.Connection, name: str, count: int, now: float, until: float) -> list[Claim]:
+    found = _due(sa.select(*MESSAGE_COLUMNS), name, now).order_by(messages.c.due).limit(count)
     claims = []
     for row in db.execute(found.with_for_update(skip_locked=True)).all():
-        db.execute(update(messages).where(messages.c.id == row.id).values(due=until))
+        db.execute(sa.update(messages).where(messages.c.id == row.id).values(leased_until=until))
         try:
             message = read_message(row)
-        except StoreRefused as error:  # its lease keeps it from being the first again, so that the others are claimed
+        except ValueError as error:  # its lease keeps it from being the first again, so that the others are claimed
             logger.error("%s", printable(str(error)))
             continue
-        content = db.scalar(select(contents.c.data).where(contents.c.id == row.id)) or b""
-        known = {f.name: getattr(message, f.name) for f in fields(Message)}
-        claims.append(Claim(**(known | {"due": until, "content": content})))
+        content = db.scalar(sa.select(contents.c.data).where(contents.c.id == row.id)) or b""
+        known = {name: getattr(message, name) for name in Message.__slots__}
+        claims.append(Claim(**known, content=content, leased_until=until))
     return claims
 
 
-def _due(found: Select[Any], name: str, now: float) -> Select[Any]:
-    return found.where(messages.c.queue == name, messages.c.due <= now)
+def _due(found: sa.Select[Any], name: str, now: float) -> sa.Select[Any]:
+    return found.where(messages.c.queue == name, claimable(now))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,54 +127,49 @@ class Outcome:
 def settle(claim: Claim, outcomes: Sequence[Outcome], due: float | None = None) -> bool:
     """Write what one attempt came to: a record for each outcome, all in one transaction.
 
-    The message stays for those of its recipients whom no Delivery and no Bounce names, with one attempt more. It is due
-    again at `due`, in seconds since 1970; None is at the end of the lease. If nobody is left the message is removed.
-    `domain` follows the first of those who are left; the queue keeps its name until the next rebind.
+    The message stays for those of its recipients whom no Delivery and no Bounce names, with one attempt more and
+    without a lease. It is due again at `due`, in seconds since 1970; None is at the end of the lease. If nobody is left
+    the message is removed. `domain` follows the first of those who are left; the queue keeps its name until the next
+    rebind.
 
     If a rebind made the message due in the meantime it stays due: a failure by the old route says nothing of the new
     one. Recipients that a handler of the rebind added stay too.
 
-    If the answer to a call was lost, call it again with the same `due`: unless a rebind made the message due
-    in the meantime, nothing is written twice.
+    If the answer to a call was lost, call it again with the same arguments: nothing is written twice before the lease
+    is over, nor later unless `due` has changed since.
     Returns False, and writes nothing, if the message is gone. Raises StoreUnavailable.
     """
-    this = messages.c.id == claim.id
-    found = select(messages.c.recipient, messages.c.domain, messages.c.due, messages.c.num_attempts).where(this)
+    this, later = messages.c.id == claim.id, claim.leased_until if due is None else due
     with registry.database.begin_write() as db:
-        row = db.execute(found.with_for_update()).one_or_none()
+        row = db.execute(sa.select(messages).where(this).with_for_update()).one_or_none()
         if row is None:
             return False
-        if (row.due, row.num_attempts) == (due, claim.num_attempts + 1):
-            return True  # this very call was committed before, and its answer was lost
+        if _is_settled(db, row, claim, later):
+            return True
+        recipients = recipient_list(row)
         done = {each for outcome in outcomes if outcome.type != "TransientFailure" for each in outcome.recipients}
-        left = [each for each in recipient_list(row) if each not in done]
+        left = [each for each in recipients if each not in done]
         if left:
             changes = {
                 "recipient": left,
-                "domain": row.domain if left == recipient_list(row) else _domain(left, row.domain),
-                "due": due if due is not None and row.due == claim.due else row.due,
+                "domain": row.domain if left == recipients else _domain(left, row.domain),
+                "due": later if row.due == claim.due else row.due,
                 "num_attempts": row.num_attempts + 1,
+                "leased_until": 0 if row.leased_until == claim.leased_until else row.leased_until,
             }
-            db.execute(update(messages).where(this).values(changes))
+            db.execute(sa.update(messages).where(this).values(changes))
         else:
-            db.execute(delete(messages).where(this))
-        db.execute(insert(log), [_record(claim, outcome) for outcome in outcomes])
+            db.execute(sa.delete(messages).where(this))
+        db.execute(sa.insert(log), [_record(claim, outcome) for outcome in outcomes])
     return True
 
 
-def delivered(claim: Claim, details: dict[str, Any]) -> bool:
-    """`settle` a Delivery to all recipients."""
-    return settle(claim, [Outcome("Delivery", recipient_list(claim), details)])
-
-
-def bounced(claim: Claim, details: dict[str, Any]) -> bool:
-    """`settle` a Bounce for all recipients."""
-    return settle(claim, [Outcome("Bounce", recipient_list(claim), details)])
-
-
-def postponed(claim: Claim, due: float, details: dict[str, Any]) -> bool:
-    """`settle` a TransientFailure for all recipients."""
-    return settle(claim, [Outcome("TransientFailure", recipient_list(claim), details)], due)
+def _is_settled(db: sa.Connection, row: Any, claim: Claim, later: float) -> bool:
+    """Whether this claim was settled before, and the answer was lost."""
+    if row.leased_until == claim.leased_until or row.num_attempts <= claim.num_attempts:
+        return False
+    # After the end of the lease, another worker may have had the message.
+    return bool(row.due == later or registry.database.backend.now(db) < claim.leased_until)
 
 
 def recipient_list(message: Any) -> list[str]:

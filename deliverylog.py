@@ -1,21 +1,18 @@
-"""The delivery log: its records, shown in the shape of KumoMTA's so that the same tools read both, and its pruning.
-
-docs/contract.md, "Records". A record keeps what its message was before the rebind. What the message became follows from
-that and what the rebind changed, and is computed when the record is read.
-"""
+"""The delivery log: its records, shown in the shape of KumoMTA's, and its pruning. docs/contract.md, "Records"."""
 
 import math
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Text, and_, cast, delete, func, select, true, type_coerce
+import sqlalchemy as sa
 
-from history import UnknownRebind, rfc3339, shared_changes
-from message import Changes, changed_meta, from_json
+from history import rebind_done, rfc3339
+from message import from_json
 from moving import FIRST_ROWS, of_rebind, rows_to_read
 from store import Database
 from tables import log, rebinds
@@ -28,12 +25,11 @@ OWN_FIELDS = {
 }
 """What a record says by its columns, and no `details` can change."""
 
-_COLUMNS: list[ColumnElement[Any]] = [
-    type_coerce(log.c.recipient, Text).label("recipient"),
-    cast(log.c.meta, Text).label("meta"),
-]
-_COLUMNS += [cast(log.c[name], Text).label(name) for name in ("changes", "details")]
-_COLUMNS += [column for column in log.c if column.name not in ("recipient", "meta", "changes", "details")]
+# As the driver reads them: a document that Python cannot read must not hide other records.
+_DOCUMENTS = ("meta", "new_meta", "details", "recipient", "new_recipient")
+_COLUMNS = [sa.cast(c, sa.Text).label(c.name) if c.name in _DOCUMENTS else c for c in log.c]
+_time_of_rebind = sa.select(rebinds.c.event_time).where(rebinds.c.rebind_id == log.c.rebind_id).scalar_subquery()
+_time = sa.func.coalesce(log.c.event_time, _time_of_rebind)
 
 
 @dataclass(frozen=True)
@@ -49,78 +45,71 @@ class LogFilter:
     until: float | None = None
     """In seconds since 1970, exclusive."""
 
-    def condition(self, db: Connection) -> ColumnElement[bool]:
-        """Whether a record is one of them. Raises UnknownRebind."""
-        time_of = func.coalesce(log.c.event_time, _time_of_rebind)
-        found: list[ColumnElement[bool]] = [true()]
-        found += [] if self.type is None else [log.c.type == self.type]
-        found += [] if self.id is None else [log.c.id == self.id]
-        found += [] if self.rebind_id is None else [of_rebind(*_ends(db, self.rebind_id))]
-        found += [] if self.since is None else [time_of >= self.since]
-        found += [] if self.until is None else [time_of < self.until]
-        return and_(*found)
+    def conditions(self, db: sa.Connection) -> Iterator[sa.ColumnElement[bool]]:
+        """What is true of a record that is one of them. Raises UnknownRebind."""
+        if self.type is not None:
+            yield log.c.type == self.type
+        if self.id is not None:
+            yield log.c.id == self.id
+        if self.rebind_id is not None:
+            yield of_rebind(rebind_done(db, self.rebind_id))
+        if self.since is not None:
+            yield _time >= self.since
+        if self.until is not None:
+            yield _time < self.until
 
 
-_time_of_rebind = select(rebinds.c.event_time).where(rebinds.c.rebind_id == log.c.rebind_id).scalar_subquery()
 EVERY_RECORD = LogFilter()
 
 
-def _ends(db: Connection, rebind_id: str) -> tuple[str, int, int]:
-    """A rebind's id, and between which keys of the log its records lie. Raises UnknownRebind."""
-    ends = select(rebinds.c.rebind_id, rebinds.c.first_key, rebinds.c.last_key).where(rebinds.c.rebind_id == rebind_id)
-    if (found := db.execute(ends).one_or_none()) is None:
-        raise UnknownRebind(f"the history has no rebind {rebind_id}")
-    first_key, last_key = found[1:]
-    return rebind_id, first_key, last_key
-
-
 def records(
-    database: Database, after: int = 0, poll: float | None = None, wanted: LogFilter = EVERY_RECORD
+    database: Database, after: int | None = None, poll: float | None = None, wanted: LogFilter = EVERY_RECORD
 ) -> Iterator[dict[str, Any]]:
-    """The delivery log's records with keys greater than `after`, oldest first. docs/contract.md, "Records".
+    """The delivery log's records, oldest first.
 
-    poll: do not end, but look for new ones every so many seconds; each comes once, whatever order transactions
-        commit in.
-    Raises UnknownRebind and StoreUnavailable.
+    after: only those with keys greater than this one.
+    poll: do not end, but look for new ones every so many seconds.
+    With either, no record can come later that has a smaller key than one of these: it waits for those who are writing.
+    Raises UnknownRebind, StoreUnusable and StoreUnavailable.
     """
-    size = FIRST_ROWS
+    key, size, waits = after or 0, FIRST_ROWS, after is not None or poll is not None
     while True:
-        with database.autocommit() as db:
-            rows = _page(database, db, after, size, wanted, follow=poll is not None)
-            ids = {row["rebind_id"] for row in rows}
-            of_rebinds = db.execute(select(rebinds).where(rebinds.c.rebind_id.in_(ids))).mappings()
-            known = {row["rebind_id"]: row for row in of_rebinds}
-        for row in rows:
-            yield _record(row, known.get(row["rebind_id"]))
-        if rows:
-            after, size = rows[-1]["key"], rows_to_read(size, sum(len(row["meta"]) for row in rows))
-        elif poll is None:
+        before, last = key, _last_settled(database, key) if waits else None
+        while page := _page(database, key, last, size, wanted):
+            yield from (_record(row, rebind) for row, rebind in page)
+            key, size = page[-1][0]["key"], rows_to_read(size, sum(len(row["meta"]) for row, _ in page))
+        if poll is None:
             return
-        else:
+        key = last or 0
+        if key == before:
             time.sleep(poll)
 
 
+def _last_settled(database: Database, after: int) -> int:
+    """The last key of the log. When this returns, no transaction can commit a smaller one that is not there yet."""
+    with database.autocommit() as db:
+        last = db.scalar(sa.select(sa.func.max(log.c.key))) or 0
+        writers = {*database.backend.writers_of_log(db)} if last > after else set()
+        while writers & {*database.backend.writers_of_log(db)}:
+            time.sleep(0.02)
+    return last  # whoever took a smaller key has ended by now
+
+
 def _page(
-    database: Database, db: Connection, after: int, size: int, wanted: LogFilter, follow: bool
-) -> list[RowMapping]:
-    """The next records, at most `size`. With `follow`, none with a smaller key can come later than these."""
-    page = select(*_COLUMNS).where(log.c.key > after, wanted.condition(db)).order_by(log.c.key).limit(size)
-    rows = list(db.execute(page).mappings())
-    if not (follow and rows):
-        return rows
-    writers = database.engine.writers_of_log(db)
-    while writers & database.engine.writers_of_log(db):
-        time.sleep(0.02)
-    # Whoever took a smaller key than the last one has ended by now.
-    return list(db.execute(page.where(log.c.key <= rows[-1]["key"])).mappings())
+    database: Database, after: int, last: int | None, size: int, wanted: LogFilter
+) -> list[tuple[sa.RowMapping, sa.RowMapping | None]]:
+    """The next records, at most `size`, each with its rebind, all as they were at one moment."""
+    with database.begin_read() as db:
+        page = sa.select(*_COLUMNS).where(log.c.key > after, *wanted.conditions(db)).order_by(log.c.key).limit(size)
+        rows = db.execute(page if last is None else page.where(log.c.key <= last)).mappings().all()
+        of_these = sa.select(rebinds).where(rebinds.c.rebind_id.in_({row["rebind_id"] for row in rows}))
+        known = {row["rebind_id"]: row for row in db.execute(of_these).mappings()}
+    return [(row, known.get(row["rebind_id"])) for row in rows]
 
 
-def _record(row: RowMapping, rebind: RowMapping | None) -> dict[str, Any]:
+def _record(row: sa.RowMapping, rebind: sa.RowMapping | None) -> dict[str, Any]:
     """A row of the log as a record. A document that Python cannot read is shown as the text that it is."""
-    changed = _changed(row["changes"], rebind)
-    recipient, meta = changed.get("recipient", row["recipient"]), _document(row["meta"])
-    if isinstance(meta, dict):
-        meta = changed_meta(meta, changed)
+    meta = _meta(row, rebind)
     event_time = row["event_time"] if rebind is None else rebind["event_time"]
     reception = meta.get("reception_protocol") if isinstance(meta, dict) else None
     content = f"Rebound from {row['old_queue']} to {row['queue']}: {rebind['reason'] if rebind else ''}"
@@ -128,8 +117,8 @@ def _record(row: RowMapping, rebind: RowMapping | None) -> dict[str, Any]:
         "key": row["key"],
         "type": row["type"],
         "id": row["id"],
-        "sender": changed.get("sender", row["sender"]),
-        "recipient": _recipient(recipient) if isinstance(recipient, str) else recipient,
+        "sender": row["sender"] if row["new_sender"] is None else row["new_sender"],
+        "recipient": _recipient(row["recipient"] if row["new_recipient"] is None else row["new_recipient"]),
         "queue": row["queue"],
         "site": "",
         "size": max(row["size"], 0),
@@ -156,12 +145,15 @@ def _record(row: RowMapping, rebind: RowMapping | None) -> dict[str, Any]:
     } | _details(row["details"])
 
 
-def _changed(own: str | None, rebind: RowMapping | None) -> Changes:
-    """What the record's rebind changed of its message."""
-    if own is None:
-        return shared_changes(rebind["request"]) if rebind else Changes()
-    changed = _document(own)
-    return changed if isinstance(changed, dict) else Changes()  # type: ignore[return-value]
+def _meta(row: sa.RowMapping, rebind: sa.RowMapping | None) -> Any:
+    """The metadata after what the record tells of."""
+    if row["new_meta"] is not None:
+        return _document(row["new_meta"])
+    meta = _document(row["meta"])
+    if rebind is None or rebind["request"].get("trigger_rebind_event") or not isinstance(meta, dict):
+        return meta
+    kept = {key: value for key, value in meta.items() if key not in rebind["request"]["unset"]}
+    return kept | rebind["request"]["data"]
 
 
 def _document(text: str | None) -> Any:
@@ -176,11 +168,21 @@ def _details(text: str | None) -> dict[str, Any]:
     details = _document(text)
     if not isinstance(details, dict):
         return {}
-    try:
-        ip_address(str(details.get("peer_address", {})["addr"]))
-    except (TypeError, KeyError, ValueError):
+    if not _is_peer(details.get("peer_address")):
         details["peer_address"] = None
     return {name: value for name, value in details.items() if name not in OWN_FIELDS}
+
+
+def _is_peer(value: Any) -> bool:
+    """Whether KumoMTA takes it: a name, and an IP address, perhaps with a port, or the path of a socket."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("name", "addr")):
+        return False
+    addr = value["addr"]
+    with_port = re.fullmatch(r"(?:\[([^]]*)\]|([^:]*)):(\d{1,5})", addr)
+    with suppress(ValueError):
+        host = addr if with_port is None or int(with_port[3]) > 65535 else with_port[1] or with_port[2]
+        return "%" not in addr and bool(ip_address(host))
+    return bool(addr.startswith("/"))
 
 
 def _recipient(text: str) -> Any:
@@ -207,31 +209,30 @@ class Pruned(NamedTuple):
 
 
 def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
-    """Remove the records and the history of before this time, in seconds since 1970.
+    """Remove, or with `dry_run` count, the records and the history of before this time, in seconds since 1970.
 
-    It takes many short transactions, and pauses after each as long as it took, so that nobody waits. Undo and `--after`
-    go on to work for what is left.
-    dry_run: only count.
-    Raises StoreUnavailable.
+    It takes many short transactions, and pauses after each as long as it took, so that nobody waits. A rebind leaves
+    the history together with the last of its records. Raises StoreUnavailable.
     """
-    old = func.coalesce(log.c.event_time, _time_of_rebind) < before
-    old_rebinds = rebinds.c.event_time < before
-    with database.autocommit() as db:
-        if dry_run:
-            return Pruned(*(db.scalar(select(func.count()).where(where)) or 0 for where in (old, old_rebinds)))
-    removed = done = 0
+    old, old_rebinds = _time < before, rebinds.c.event_time < before
+    if dry_run:
+        with database.autocommit() as db:
+            return Pruned(*(db.scalar(sa.select(sa.func.count()).where(which)) or 0 for which in (old, old_rebinds)))
+    forgotten = sa.delete(rebinds).where(old_rebinds, ~sa.select(log.c.key).where(of_rebind(rebinds.c)).exists())
+    removed = rebinds_removed = done = 0
     while (key := _next_key(database, done, old)) is not None:
         done = key + PRUNED_AT_ONCE - 1
         with database.begin_write() as db:
             start = time.monotonic()
-            removed += db.execute(delete(log).where(log.c.key.between(key, done), old)).rowcount
+            removed += db.execute(sa.delete(log).where(log.c.key.between(key, done), old)).rowcount
+            rebinds_removed += db.execute(forgotten.where(rebinds.c.first_key <= done)).rowcount
         time.sleep(time.monotonic() - start)  # SQLite has no queue of writers: whoever waits needs time to try
-    # The history goes last: until then its rows tell the time of records.
     with database.begin_write() as db:
-        return Pruned(removed, db.execute(delete(rebinds).where(old_rebinds)).rowcount)
+        rebinds_removed += db.execute(forgotten).rowcount  # those without records
+    return Pruned(removed, rebinds_removed)
 
 
-def _next_key(database: Database, after: int, old: ColumnElement[bool]) -> int | None:
+def _next_key(database: Database, after: int, old: sa.ColumnElement[bool]) -> int | None:
     """The next key of a record to remove. A stretch of the log without one is only read."""
     with database.autocommit() as db:
-        return db.scalar(select(log.c.key).where(log.c.key > after, old).order_by(log.c.key).limit(1))
+        return db.scalar(sa.select(log.c.key).where(log.c.key > after, old).order_by(log.c.key).limit(1))

@@ -2,7 +2,10 @@
 
 import shutil
 import sys
+import unicodedata
+from bisect import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import IO, Any
 
 import click
@@ -15,12 +18,9 @@ NOT_CUT = ("when", "rebind_id")  # part of an id is of no use
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], second_line: int | None = None) -> None:
-    """Print a table: numbers to the right; on a terminal, the widest columns of text are cut to its width.
-
-    second_line: the column with which a second line begins, if the terminal is too narrow for a whole row.
-    """
-    table = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    """Print a table. On a narrow terminal, a row has a second line from that column on, and long texts are cut."""
+    table = [[encodable(printable(str(cell))) for cell in row] for row in (columns, *rows)]
+    widths = [max(map(width, column)) for column in zip(*table, strict=True)]
     numbers = [all(isinstance(row[n], int) for row in rows) for n in range(len(columns))]
 
     def taken(line: range) -> int:
@@ -32,7 +32,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], second_li
         lines = [every[:second_line], every[second_line:]]
     for line in lines:
         cuttable = [n for n in line if columns[n] not in NOT_CUT]
-        while taken(line) > room and widths[widest := max(cuttable, key=widths.__getitem__)] > MIN_WIDTH:
+        while taken(line) > room:
+            widest = max(cuttable, key=widths.__getitem__)
+            if widths[widest] <= MIN_WIDTH:
+                break
             widths[widest] -= 1
     for row in table:
         cells = list(map(fitted, row, widths, numbers))
@@ -40,10 +43,28 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], second_li
             click.echo((GAP * (line.start > 0) + GAP.join(cells[n] for n in line)).rstrip())
 
 
-def fitted(cell: str, width: int, right: bool) -> str:
+def fitted(cell: str, room: int, right: bool) -> str:
     """A cell of a table, cut or filled to this width."""
-    text = cell if len(cell) <= width else f"{cell[: width - 1]}…"
-    return text.rjust(width) if right else text.ljust(width)
+    ends = list(accumulate(map(width, cell)))
+    if ends and ends[-1] > room:
+        cell = cell[: bisect(ends, room - 1)] + ("…" if encodable("…") == "…" else "~")
+    space = " " * (room - width(cell))
+    return space + cell if right else cell + space
+
+
+def width(text: str) -> int:
+    """How many columns of a terminal a text takes: none for a combining mark, two for what Unicode calls wide."""
+    if text.isascii():
+        return len(text)
+    marks = sum(unicodedata.category(letter) in ("Mn", "Me") for letter in text)
+    wide = sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in text)
+    return len(text) - marks + wide
+
+
+def encodable(text: str) -> str:
+    """The text, with escapes for what the encoding of standard output does not have."""
+    encoding = sys.stdout.encoding if sys.stdout else "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def on_terminal(stream: IO[str] | None) -> bool:

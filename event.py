@@ -1,20 +1,24 @@
-"""The `rebind` event: the signal, the site's policy file, and what handlers make of a message.
+"""The `rebind` event: the signal, the site's policy file, and what handlers make of each message.
 
 docs/contract.md, "What one request does".
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import Any
+from typing import TypeVar
 
-from blinker import ANY, Signal
-
-from message import Changes, Message, changes, domain_of
+from message import Changes, Message, changes, domain_of, read_message
+from moving import MessageRow, Update
+from names import queue_name
+from rebinding import RebindRequest
+from store import StoreRefused
 
 Handler = Callable[..., object]
+H = TypeVar("H", bound=Handler)
 
 
 class NoHandler(Exception):
@@ -29,42 +33,24 @@ class PolicyError(Exception):
     """The policy cannot be loaded."""
 
 
-class _Ordered(dict[Any, None]):
-    """A set that keeps the order of its members, for blinker's `set_class`."""
+class RebindEvent:
+    """The `rebind` event. `@rebind.connect` makes a function of a message and `data` one of its handlers."""
 
-    def add(self, member: Any) -> None:
-        self.setdefault(member)
+    def __init__(self) -> None:
+        self.handlers: list[Handler] = []
+        """In the order in which they are called."""
 
-    def discard(self, member: Any) -> None:
-        self.pop(member, None)
-
-
-class RebindEvent(Signal):
-    """The `rebind` event: `@rebind.connect` a function of a message and `data`.
-
-    Handlers are called in the order in which they were connected. blinker holds them weakly: connect a function that
-    nothing else holds with `weak=False`.
-    """
-
-    set_class = _Ordered  # type: ignore[assignment]
-
-    def handlers(self) -> list[Handler]:
-        """The connected handlers, in that order."""
-        return list(self.receivers_for(ANY))
+    def connect(self, handler: H) -> H:
+        """Call this handler too, after those that are connected already."""
+        self.handlers.append(handler)
+        return handler
 
 
 rebind = RebindEvent()
 
 
-def connected() -> list[Handler]:
-    """The handlers of the `rebind` event, which stay as long as the list does. Raises NoHandler."""
-    if handlers := rebind.handlers():
-        return handlers
-    raise NoHandler("no handler is connected to the rebind event")
-
-
 def load_policy(path: str) -> None:
-    """Run the site's Python file at `path`, which connects its handlers, and keep it, since handlers are held weakly.
+    """Run the site's Python file at `path`, which connects its handlers.
 
     Raises PolicyError, with the file and the reason.
     """
@@ -79,23 +65,58 @@ def load_policy(path: str) -> None:
         raise PolicyError(f"the policy {path} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def call_handlers(handlers: Sequence[Handler], before: Message, message: Message, data: Mapping[str, str]) -> Changes:
-    """Let the handlers change `message`, which starts equal to `before`. Returns what they changed.
+class Stream:
+    """Makes updates of a stream of messages, as the event's handlers decide, and counts them.
 
-    Raises HandlerFailed.
+    Raises NoHandler, and, while it streams, HandlerFailed and StoreRefused.
     """
-    changed = Changes()
+
+    def __init__(self, request: RebindRequest, now: float) -> None:
+        if not rebind.handlers:
+            raise NoHandler("no handler is connected to the rebind event")
+        self._handlers, self._request, self._now = [*rebind.handlers], request, now
+        self.pairs: Counter[tuple[str, str]] = Counter()
+        """How many messages there were of each pair of queues, the old and the new one."""
+
+    def __call__(self, rows: Iterable[MessageRow]) -> Iterator[Update]:
+        for row in rows:
+            update = self._update(row)
+            self.pairs[row.queue, update.queue] += 1
+            yield update
+
+    def _update(self, row: MessageRow) -> Update:
+        """What becomes of one message."""
+        try:
+            message = read_message(row)
+        except ValueError as error:
+            raise StoreRefused(str(error)) from error
+        changed = call_handlers(self._handlers, message, row, self._request.data)
+        domain = row.domain if changed.recipient is None else domain_of(message.recipient)
+        queue = queue_name(message.meta, domain)
+        due = self._now if self._request.always_flush or queue != row.queue else row.due
+        sender = row.sender if changed.sender is None else changed.sender
+        recipient = row.recipient if changed.recipient is None else changed.recipient
+        meta = row.meta if changed.meta is None else changed.meta
+        update = Update(sender, recipient, domain, meta, queue, due, row.at, *changed)
+        try:
+            "".join(update[:5]).encode()
+        except UnicodeEncodeError as error:  # SQLite kept it
+            raise StoreRefused(f"the message {row.id} cannot be stored: it contains a lone surrogate") from error
+        return update
+
+
+def call_handlers(handlers: Sequence[Handler], message: Message, row: MessageRow, data: Mapping[str, str]) -> Changes:
+    """Let the handlers change the message, which is as its row is. Returns what they changed. Raises HandlerFailed."""
+    changed = Changes(None, None, None)
     for handler in handlers:
         try:
             handler(message, data=dict(data))
-            changed = changes(before, message)
-            if "recipient" in changed:
-                domain_of(message.recipient)
+            changed = changes(row, message)
         except BaseException as error:  # whatever it is, the answer is a 500 and the worker lives on
             if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
                 raise  # the Ctrl-C that ends a command arrives there and nowhere else
             raise HandlerFailed(
-                f"the handler {_name_of(handler)} failed for message {before.id}: {type(error).__name__}: {error}"
+                f"the handler {_name_of(handler)} failed for message {row.id}: {type(error).__name__}: {error}"
             ) from error
     return changed
 

@@ -1,6 +1,6 @@
-"""The history, one row per rebind: what was asked, by whom, and what came of it. Undo and safe retries follow from it.
+"""The history, one row per rebind: written, listed, answered again, and taken back.
 
-docs/contract.md, "History", "Undo" and "Retries". The records of a rebind are in deliverylog.py.
+docs/contract.md, "History", "Retries" and "Undo". The records of a rebind are in deliverylog.py.
 """
 
 import os
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, func, insert, select
+import sqlalchemy as sa
 
-from message import Changes, Message, from_json, recipient_of
-from moving import Row, of_rebind
+from moving import Backend, NewState, of_rebind
 from rebinding import RebindRequest, RebindResult
 from store import Database
 from tables import log, messages, rebinds
@@ -28,59 +27,44 @@ class UnknownRebind(Exception):
 
 
 class NothingToUndo(Exception):
-    """The rebind wrote no records, or they have been pruned."""
+    """The records of the rebind are not all there."""
 
 
 class KeyReused(Exception):
     """The Idempotency-Key was used by a different request."""
 
 
-# The history
-
-
 def new_id() -> str:
-    """A UUID of version 7 (RFC 9562): ids are in the order of time, and an id tells when its rebind was."""
-    stamp, noise = int(time.time() * 1000), int.from_bytes(os.urandom(10), "big")
-    bits = stamp << 80 | noise
-    return str(uuid.UUID(int=bits & ~(0xF << 76) & ~(0b11 << 62) | 7 << 76 | 0b10 << 62))
+    """A UUID of version 7 (RFC 9562): an id tells when its rebind was."""
+    stamp, noise = int(time.time() * 1000), int.from_bytes(os.urandom(10))
+    a, b = noise >> 68, noise & (1 << 62) - 1
+    return str(uuid.UUID(int=stamp << 80 | 7 << 76 | a << 64 | 0b10 << 62 | b))
 
 
-def answered(db: Connection, request: RebindRequest) -> RebindResult | None:
-    """The answer that the same request with the same Idempotency-Key got, if there was one. Raises KeyReused."""
+def earlier_answer(db: sa.Connection, request: RebindRequest) -> RebindResult | None:
+    """The answer that the same request with the same Idempotency-Key got, whoever asked. Raises KeyReused."""
     if request.idempotency_key is None:
         return None
-    of_key = select(rebinds).where(rebinds.c.idempotency_key == request.idempotency_key)
+    of_key = sa.select(rebinds).where(rebinds.c.idempotency_key == request.idempotency_key)
     done = db.execute(of_key).one_or_none()
     if done is None:
         return None
-    if (done.actor, done.request) != (request.actor, request.asked()):
+    if done.request != request.asked():
         raise KeyReused("the Idempotency-Key was used by a different request")
     return RebindResult(done.matched, done.moved, done.flushed, done.left_alone, done.rebind_id)
 
 
-def keep(db: Connection, request: RebindRequest, result: RebindResult, now: float, keys: tuple[int, int]) -> None:
+def keep(db: sa.Connection, request: RebindRequest, result: RebindResult, now: float, keys: tuple[int, int]) -> None:
     """Write the row of history.
 
     now: the time of all records, in seconds since 1970.
     keys: the first and last that its records may have in the log.
     """
-    db.execute(
-        insert(rebinds).values(
-            rebind_id=result.rebind_id,
-            event_time=now,
-            actor=request.actor,
-            nodeid=NODEID,
-            reason=request.reason,
-            request=request.asked(),
-            idempotency_key=request.idempotency_key,
-            matched=result.matched,
-            moved=result.moved,
-            flushed=result.flushed,
-            left_alone=result.left,
-            first_key=keys[0],
-            last_key=keys[1],
-        )
-    )
+    asked = {"actor": request.actor, "reason": request.reason, "idempotency_key": request.idempotency_key}
+    done = {name: getattr(result, name) for name in ("rebind_id", "matched", "moved", "flushed")}
+    its_records = {"event_time": now, "nodeid": NODEID, "first_key": keys[0], "last_key": keys[1]}
+    row = asked | done | its_records | {"request": request.asked(), "left_alone": result.left}
+    db.execute(sa.insert(rebinds).values(row))
 
 
 def rebinds_done(database: Database, since: float | None, limit: int | None) -> list[dict[str, Any]]:
@@ -89,17 +73,29 @@ def rebinds_done(database: Database, since: float | None, limit: int | None) -> 
     since: in seconds since 1970; None is from the beginning.
     Raises StoreUnavailable.
     """
-    newest = select(rebinds).order_by(rebinds.c.event_time.desc(), rebinds.c.rebind_id.desc()).limit(limit)
+    newest = sa.select(rebinds).order_by(rebinds.c.number.desc()).limit(limit)
+    if since is not None:
+        newest = newest.where(rebinds.c.event_time >= since)
     with database.autocommit() as db:
-        rows = db.execute(newest if since is None else newest.where(rebinds.c.event_time >= since)).mappings().all()
-    counts = ("matched", "moved", "flushed")
+        rows = db.execute(newest).mappings().all()
+    shown = ("rebind_id", "actor", "reason", "idempotency_key", "matched", "moved", "flushed", "request")
     return [
-        {"time": rfc3339(row["event_time"]), "rebind_id": row["rebind_id"], "actor": row["actor"]}
-        | {"reason": row["reason"], "idempotency_key": row["idempotency_key"]}
-        | {name: row[name] for name in counts}
-        | {"left": row["left_alone"], "request": row["request"]}
+        {"time": rfc3339(row["event_time"]), "left": row["left_alone"]} | {name: row[name] for name in shown}
         for row in rows
     ]
+
+
+def rebind_done(db: sa.Connection, rebind_id: str) -> Any:
+    """The row of a rebind. Raises UnknownRebind."""
+    row = db.execute(sa.select(rebinds).where(rebinds.c.rebind_id == rebind_id)).one_or_none()
+    if row is None:
+        raise UnknownRebind(f"the history has no rebind {rebind_id}: it was never done, or it has been pruned")
+    return row
+
+
+def rfc3339(seconds: float) -> str:
+    """The time in UTC, as records show it. The tables keep it within the years 1 to 9999."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 # Undo
@@ -107,69 +103,112 @@ def rebinds_done(database: Database, since: float | None, limit: int | None) -> 
 
 @dataclass(frozen=True)
 class Undo:
-    """What an undo finds: the messages that are still where the first rebind left them."""
+    """The way back from one rebind, in terms of a message and its record. docs/contract.md, "Undo"."""
 
-    found: ColumnElement[bool]
-    left: int
-    """How many messages of the first rebind are not."""
-    shared: Changes
-    """What the first rebind changed of every message, unless a record says what it changed of its own."""
-    keys: tuple[str, ...] | None
-    """The keys that it set and removed, the same of every message; None if each record has its own."""
+    rebind: Any
+    """Its row of history."""
+    matching: sa.ColumnElement[bool]
+    """Whether the rebind changed a message, which is still as it left it."""
+    left_alone: sa.ColumnElement[bool]
+    """Whether the rebind changed a message, which is neither as it left it nor back already."""
+    new: NewState
+    """What each message had."""
 
-
-def undoable(db: Connection, rebind_id: str) -> Undo:
-    """Look up a rebind in the history. Raises UnknownRebind and NothingToUndo."""
-    first = db.execute(select(rebinds).where(rebinds.c.rebind_id == rebind_id)).one_or_none()
-    if first is None and _is_pruned(db, rebind_id):
-        raise NothingToUndo(f"the rebind {rebind_id} has been pruned")
-    if first is None:
-        raise UnknownRebind(f"the history has no rebind {rebind_id}")
-    of_first, in_place = of_rebind(rebind_id, first.first_key, first.last_key), messages.c.queue == log.c.queue
-    each = log.outerjoin(messages, (messages.c.id == log.c.id) & in_place)
-    counts = select(func.count(), func.count(messages.c.id)).select_from(each).where(of_first)
-    records, there = db.execute(counts).one()
-    if not records:
-        raise NothingToUndo(f"the rebind {rebind_id} wrote no records, or they have been pruned")
-    shared, own = shared_changes(first.request), first.request.keys() & {"trigger_rebind_event", "undo"}
-    return Undo(of_first & in_place, records - there, shared, None if own else (*shared["data"], *shared["unset"]))
+    def count_left(self, db: sa.Connection) -> int:
+        """How many messages are left alone. Raises NothingToUndo unless all records of the rebind are there."""
+        each = log.outerjoin(messages, messages.c.id == log.c.id)
+        counts = sa.select(sa.func.count(), sa.func.count().filter(self.left_alone)).select_from(each)
+        records, left = db.execute(counts.where(of_rebind(self.rebind))).one()
+        if records != self.rebind.matched or self.rebind.request.get("suppress_logging"):
+            there = f"{records} of its {self.rebind.matched} records are there"
+            raise NothingToUndo(f"the rebind {self.rebind.rebind_id} cannot be undone: {there}")
+        return int(left)
 
 
-def _is_pruned(db: Connection, rebind_id: str) -> bool:
-    """Whether the id is older than all that the history still has."""
-    try:
-        made = uuid.UUID(rebind_id)
-    except ValueError:
-        return False
-    oldest = db.scalar(select(func.min(rebinds.c.event_time)))
-    return made.version == 7 and (made.int >> 80) / 1000 < (time.time() if oldest is None else oldest)
-
-
-def restored(message: Message, record: Row, shared: Changes) -> Changes:
-    """What gives a message back what a rebind changed of it: the keys, and the envelope if nobody changed that since.
-
-    A worker may have delivered to some of the recipients since; those must not get the message twice.
-    record: its RECORD_COLUMNS.
-    """
-    sender, recipient, meta, own = record
-    changed: Changes = from_json(own) if own is not None else shared
-    before = from_json(meta)
-    keys = [*changed.get("data", {}), *changed.get("unset", [])]
-    found = Changes(
-        data={key: before[key] for key in keys if key in before}, unset=[key for key in keys if key not in before]
+def undo(backend: Backend, db: sa.Connection, request: RebindRequest, now: float) -> Undo:
+    """How to take back the rebind that `request.undo` names. Raises UnknownRebind."""
+    first = rebind_done(db, request.undo or "")
+    meta_before, meta_left = _metadata(backend, first.request)
+    due_left = sa.func.coalesce(log.c.new_due, first.event_time)
+    flushed: sa.ColumnElement[bool] = log.c.new_due.is_not(None)
+    if first.request.get("always_flush"):
+        flushed |= log.c.due != first.event_time
+    if request.always_flush:
+        flushed = sa.false()  # there is no `due` to give back
+    rewritten = _rewritten(meta_before, meta_left)
+    rewritten_as_left = _rewritten(meta_before, messages.c.meta)
+    as_left = _as_left(meta_left, now)
+    only_due = sa.and_(flushed, messages.c.due == due_left)
+    back = _back() & sa.or_(messages.c.due == log.c.due, rewritten)
+    return Undo(
+        first,
+        matching=sa.and_(of_rebind(first), as_left, sa.or_(rewritten_as_left, only_due)),
+        left_alone=_no(back) & _no(as_left & sa.or_(rewritten, only_due)) & sa.or_(rewritten, flushed),
+        new=_had(first, request, now),
     )
-    if "sender" in changed and message.sender == changed["sender"]:
-        found["sender"] = sender
-    if "recipient" in changed and message.recipient == changed["recipient"]:
-        found["recipient"] = recipient_of(recipient)
-    return found
 
 
-def shared_changes(asked: dict[str, Any]) -> Changes:
-    """What a rebind changed of every message by what it asked for."""
-    return Changes(data=asked["data"], unset=asked["unset"])
+def _no(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    """Whether the condition is false, or unknown since the message is gone."""
+    return ~sa.func.coalesce(condition, sa.false(), type_=sa.Boolean)
 
 
-def rfc3339(seconds: float) -> str:
-    """The time in UTC, as records show it. The tables keep it within the years 1 to 9999."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+_sender_stayed, _recipient_stayed = log.c.new_sender.is_(None), log.c.new_recipient.is_(None)
+_not_attempted = messages.c.num_attempts == log.c.num_attempts
+
+
+def _metadata(backend: Backend, asked: dict[str, Any]) -> tuple[sa.ColumnElement[Any], sa.ColumnElement[Any]]:
+    """The metadata of a message before a rebind, and as it left it, written in the same way."""
+    before: Any = log.c.meta
+    left: Any = log.c.meta
+    if not asked.get("trigger_rebind_event") and (asked["data"] or asked["unset"]):
+        before, left = backend.merge(before, {}, ()), backend.merge(left, asked["data"], asked["unset"])
+    return before, sa.func.coalesce(log.c.new_meta, left, type_=log.c.meta.type)
+
+
+def _rewritten(before: sa.ColumnElement[Any], left: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    """Whether a rebind changed more of a message than `due`."""
+    return sa.or_(log.c.queue != log.c.old_queue, ~_sender_stayed, ~_recipient_stayed, left != before)
+
+
+def _as_left(meta: sa.ColumnElement[Any], now: float) -> sa.ColumnElement[bool]:
+    """Whether a message is in the queue and has what the rebind gave it.
+
+    If the event changed its envelope, a worker may have delivered to those whom it had before: they must not get the
+    mail again.
+    """
+    return sa.and_(
+        messages.c.queue == log.c.queue,
+        sa.or_(_sender_stayed, messages.c.sender == log.c.new_sender),
+        sa.or_(_recipient_stayed, messages.c.recipient == log.c.new_recipient),
+        sa.or_(_sender_stayed & _recipient_stayed, _not_attempted & (messages.c.leased_until <= now)),
+        messages.c.meta == meta,
+    )
+
+
+def _back() -> sa.ColumnElement[bool]:
+    """Whether a message is where it was and has what it had before the rebind."""
+    return sa.and_(
+        messages.c.queue == log.c.old_queue,
+        messages.c.meta == log.c.meta,
+        sa.or_(_sender_stayed, messages.c.sender == log.c.sender),
+        sa.or_(_recipient_stayed, messages.c.recipient == log.c.recipient),
+    )
+
+
+def _had(first: Any, request: RebindRequest, now: float) -> NewState:
+    """What messages had before the rebind."""
+    had: dict[str, Any] = {
+        "meta": log.c.meta,
+        "sender": sa.case((_sender_stayed, messages.c.sender), else_=log.c.sender),
+        "recipient": sa.case((_recipient_stayed, messages.c.recipient), else_=log.c.recipient),
+        "domain": sa.case((_recipient_stayed, messages.c.domain), else_=log.c.domain),
+    }
+    if first.moved:
+        had["queue"] = log.c.old_queue
+    if first.moved or first.flushed or first.request.get("undo"):
+        # What an attempt has set since stays.
+        had["due"] = sa.case((_not_attempted, log.c.due), else_=messages.c.due)
+    if request.always_flush:
+        had["due"] = sa.literal(now)
+    return NewState(had, renames=True, due_if_moved=False)

@@ -1,12 +1,18 @@
-"""A message: its envelope and metadata, what of them can be stored, and what differs between two states of it."""
+"""A message: its envelope and metadata, what of them can be stored, and what handlers changed of them."""
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from json.encoder import c_make_encoder, encode_basestring  # type: ignore[attr-defined]
+from typing import Any, NamedTuple
 
 MAX_DEPTH = 200  # nesting of what a handler or a file may set: well within what Python and both engines can read
 MAX_BITS = 14_000  # of a whole number: Python reads and writes at most 4,300 digits
+
+# RFC 5321, section 4.1.2, and more: a local part may have any dots, and both may be Unicode.
+_LABEL = r"[-\w\x80-\U0010ffff]+"
+_ADDRESS = re.compile(rf'("([^"\\]|\\.)*"|[^\s"<>@[]+)@(\[[A-Za-z0-9.:-]+\]|{_LABEL}(\.{_LABEL})*)')
 
 
 @dataclass(slots=True)
@@ -56,72 +62,77 @@ class NewMessage:
     """Where it comes from, for error messages: a file and line."""
 
 
-class Changes(TypedDict, total=False):
-    """What a rebind changed of a message. A part that did not change is missing."""
+class Changes(NamedTuple):
+    """What the handlers of the event changed of a message, as the columns hold it; None is what they did not change."""
 
-    data: dict[str, Any]
-    """The metadata that was set."""
-    unset: list[str]
-    """The keys that were removed, before `data` was set."""
-    sender: str
-    recipient: str | list[str]
+    sender: str | None
+    recipient: str | None
+    meta: str | None
 
 
-def changes(before: Message, after: Message) -> Changes:
-    """What differs between two states of a message.
+def read_message(row: Any) -> Message:
+    """The message of a row, a moving.MessageRow or one with its names. Raises ValueError if Python cannot read it."""
+    try:
+        recipient, meta = recipient_of(row.recipient), from_json(row.meta)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the message {row.id} cannot be read: {error}") from error
+    known = (row.id, row.queue, row.size, row.created, row.due, row.num_attempts)
+    return Message(row.sender, recipient, meta, *known)
 
-    Raises TypeError and ValueError if the new sender or metadata cannot be stored. A new recipient is not checked.
+
+def changes(row: Any, message: Message) -> Changes:
+    """What differs between a message and the row that it was read from.
+
+    Raises TypeError and ValueError if the message cannot be stored.
     """
-    if not isinstance(after.meta, dict):
+    sender = recipient = None
+    if message.sender != row.sender:
+        check_text(message.sender)
+        sender = message.sender
+    if message.recipient != recipient_of(row.recipient):
+        domain_of(message.recipient)
+        text = recipient_text(message.recipient)  # of a list of one, an address
+        recipient = None if text == row.recipient else text
+    return Changes(sender, recipient, _new_meta(row.meta, message.meta))
+
+
+def _new_meta(stored: str, meta: Any) -> str | None:
+    """The metadata as JSON; None if it is what is stored. Only what is new is checked."""
+    if not isinstance(meta, dict):
         raise TypeError("meta must be a dict")
-    found = Changes()
-    old = before.meta
-    # Two strings are the same JSON if they are equal; most values are strings.
-    data = {
+    text = to_json(meta)
+    if text == stored:
+        return None
+    before = from_json(stored)
+    new = {
         key: value
-        for key, value in after.meta.items()
-        if old.get(key) != value or (type(value) is not str and not is_same(old.get(key, ...), value))
+        for key, value in meta.items()
+        if before.get(key, _MISSING) != value or (type(value) is not str and to_json(before[key]) != to_json(value))
     }
-    if data:
-        check_json(data)
-        if {*map(type, data.values())} != {str}:
-            data = from_json(to_json(data))  # plain types, whatever classes a handler used
-        found["data"] = data
-    if unset := [key for key in old if key not in after.meta]:
-        found["unset"] = unset
-    if after.sender != before.sender:
-        check_text(after.sender)
-        found["sender"] = after.sender
-    if after.recipient != before.recipient:
-        found["recipient"] = recipient_of(recipient_text(after.recipient))  # a list of one is stored as an address
-    return found
+    if not new and len(meta) == len(before):
+        return None  # it was written in another way
+    check_json(new)
+    return text
 
 
-def is_same(one: Any, other: Any) -> bool:
-    """Whether two values are the same JSON. In Python, [1] == [True]."""
-    if type(one) is not type(other):
-        return False
-    return to_json(one) == to_json(other) if isinstance(one, dict | list) else bool(one == other)
-
-
-def changed_meta(meta: dict[str, Any], changes: Changes) -> dict[str, Any]:
-    """The metadata with `changes` applied."""
-    if unset := {*changes.get("unset", [])}:
-        meta = {key: value for key, value in meta.items() if key not in unset}
-    return meta | changes.get("data", {})
+_MISSING = object()
 
 
 def domain_of(recipient: str | list[str]) -> str:
     """The domain that names a message's queue: the first recipient's, in lower case.
 
-    Raises ValueError unless `recipient` is an address `local@domain`, or a list of at least one.
+    Raises ValueError unless `recipient` is an address, as `check_address` says, or a list of at least one.
     """
     addresses = addresses_of(recipient)
     for address in addresses:
-        local, _, domain = address.rpartition("@")
-        if not local or not domain:
-            raise ValueError(f"{address!r} is not an address (local@domain)")
+        check_address(address)
     return addresses[0].rpartition("@")[2].lower()
+
+
+def check_address(text: str) -> None:
+    """Raise ValueError unless `text` is an address, `local@domain`, without angle brackets or a port."""
+    if not _ADDRESS.fullmatch(text) or not text.isprintable():
+        raise ValueError(f"{text!r} is not an address (local@domain)")
 
 
 def addresses_of(recipient: str | list[str]) -> list[str]:
@@ -176,7 +187,9 @@ def check_json(value: Any, depth: int = 0) -> None:
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"nesting is deeper than {MAX_DEPTH}")
-    if isinstance(value, dict):
+    if isinstance(value, str):
+        check_text(value)
+    elif isinstance(value, dict):
         for key, member in value.items():
             check_text(key)
             check_json(member, depth + 1)
@@ -193,20 +206,26 @@ def check_json(value: Any, depth: int = 0) -> None:
         check_text(value)
 
 
-def _finite(text: str) -> float:
-    number = float(text)
+def finite(digits: str) -> float:
+    """The number that a JSON text gives. Raises ValueError if it is beyond a double, or is none."""
+    number = float(digits)
     if not math.isfinite(number):
-        raise ValueError("a number is too large")
+        raise ValueError(f"{digits[:40]} is not in the range of a double")
     return number
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps builds an encoder each time
-_decoder = json.JSONDecoder(parse_float=_finite)
+def _not_json(value: Any) -> Any:
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+# What json.dumps builds each time, which takes longer than to encode a message's metadata.
+_encode = c_make_encoder(None, _not_json, encode_basestring, None, ":", ",", False, False, True)
+_decoder = json.JSONDecoder(parse_float=finite)
 
 
 def to_json(value: Any) -> str:
     """A value as JSON, as the tables hold it."""
-    text = _encode(value)
+    text = "".join(_encode(value, 0))
     # Half a character, which JSON can escape and UTF-8 has not, stays the escape that its sender wrote.
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 

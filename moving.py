@@ -1,125 +1,47 @@
-"""What both engines share when many messages are selected and changed. Their own ways are in their modules.
+"""What both engines share when they select and change many messages, and what each of them offers: `Backend`."""
 
-An engine offers two ways to change messages: `update_all` changes them by SQL alone, and Python never sees one;
-`update_each` streams them through Python in batches.
-"""
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+import sqlalchemy as sa
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    FromClause,
-    Select,
-    Text,
-    and_,
-    case,
-    cast,
-    func,
-    literal,
-    literal_column,
-    select,
-    type_coerce,
-)
-
-from message import Changes
-from rebinding import MAX_MOVES, Move, Plan
-from store import StoreRefused
-from tables import MAX_NAME, TOO_LONG, log, messages
+from tables import log, messages
 
 Item = TypeVar("Item")
 
 BATCH = 500  # messages or records that are in memory at once
 MAX_BATCH = 2**21  # characters of their metadata, or bytes of their contents
 FIRST_ROWS = 4  # that are read, while nobody knows how large they are
-MANY = 1000  # messages: what rebinding them leaves to be done is done after the answer
-MAX_KEYS = 30  # that are restored by SQL
 
-Row = Sequence[Any]
 
-# A message as a row that is read by the driver alone, without SQLAlchemy's types: `update_each` reads these columns.
-MESSAGE_COLUMNS: list[ColumnElement[Any]] = [
+class MessageRow(NamedTuple):
+    """A message as the driver alone reads it, without SQLAlchemy's types."""
+
+    sender: str
+    recipient: str
+    meta: str
+    id: str
+    queue: str
+    size: int
+    created: float
+    due: float
+    num_attempts: int
+    domain: str
+    at: Any
+    """What the engine finds the message by."""
+
+
+MESSAGE_COLUMNS: list[sa.ColumnElement[Any]] = [
     messages.c.sender,
-    type_coerce(messages.c.recipient, Text),
-    cast(messages.c.meta, Text),
+    sa.type_coerce(messages.c.recipient, sa.Text).label("recipient"),
+    sa.cast(messages.c.meta, sa.Text).label("meta"),
     *(messages.c[name] for name in ("id", "queue", "size", "created", "due", "num_attempts", "domain")),
 ]
-# With `Selection.of_records`, these follow: what a record says of the message.
-RECORD_COLUMNS: list[ColumnElement[Any]] = [
-    log.c.sender,
-    type_coerce(log.c.recipient, Text),
-    cast(log.c.meta, Text),
-    cast(log.c.changes, Text),
-]
-
-BEFORE = ["id", "sender", "recipient", "size", "created", "num_attempts", "meta"]
-"""A record's columns that hold what its message was before."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Some messages, or those of them that are due soonest."""
-
-    where: ColumnElement[bool]
-    limit: int | None = None
-    of_records: bool = False
-    """Each message comes with a record of it, which `where` picks too."""
-    skips: bool = False
-    """Python may leave some out: the limit is only an order."""
-    are_most: bool = False
-    """SQLite: they are most of all messages, which its planner does not know."""
-
-    def columns(self, at: ColumnElement[Any]) -> list[ColumnElement[Any]]:
-        """What `update_each` reads of each message; `at` is what the engine finds it by."""
-        return [*MESSAGE_COLUMNS, at, *(RECORD_COLUMNS if self.of_records else [])]
-
-    def select(self, *columns: ColumnElement[Any]) -> Select[Any]:
-        """These columns of each."""
-        source: FromClause = messages.join(log, messages.c.id == log.c.id) if self.of_records else messages
-        found = select(*columns).select_from(source).where(self.where)
-        if self.are_most and self.limit is None and not self.of_records:
-            found = found.with_hint(messages, "NOT INDEXED", "sqlite")  # a scan is faster than random access
-        if self.limit is not None:
-            found = found.order_by(messages.c.due, messages.c.id)
-        return found if self.skips else found.limit(self.limit)
-
-
-@dataclass(frozen=True)
-class NewState:
-    """What a rebind by data makes of each message, in SQL."""
-
-    queue: ColumnElement[str]
-    """Its new name."""
-    meta: ColumnElement[Any] | None
-    """Its new metadata; None if that does not change."""
-    now: float
-    """When those that move are due, in seconds since 1970."""
-    flush: bool
-    """All are due now, not only those that move."""
-    renames: bool
-    """A naming key is set or removed, so that most messages will move."""
-    restored: tuple[str, ...] = ()
-    """The keys that get back what they were when a message's record was written: its new record says so."""
-
-    @property
-    def differs(self) -> ColumnElement[bool]:
-        """Whether a message is not as it was yet."""
-        return messages.c.meta != self.meta
-
-    def values(self, moves: bool = True) -> dict[str, Any]:
-        """What to set, by column. `moves`: whether any message moves."""
-        values: dict[str, Any] = {} if self.meta is None else {"meta": self.meta}
-        if moves:
-            due = case((messages.c.queue != self.queue, self.now), else_=messages.c.due)
-            values |= {"queue": self.queue, "due": due}
-        return values | ({"due": literal(self.now)} if self.flush else {})
 
 
 class Update(NamedTuple):
-    """What `update_each` makes of one message, each field as its column holds it."""
+    """What `update_each` makes of one message, and what its record says of that, each field as its column holds it."""
 
     sender: str
     recipient: str
@@ -130,46 +52,76 @@ class Update(NamedTuple):
     """In seconds since 1970."""
     at: Any
     """What the engine finds the message by."""
-    changes: Changes
-    """For its record."""
-    old_queue: str
+    new_sender: str | None
+    new_recipient: str | None
+    new_meta: str | None
 
 
 UPDATED_COLUMNS = Update._fields[:6]
+NEW_COLUMNS = Update._fields[7:]
 
-Decide = Callable[[Iterable[Row]], Iterator[Update]]
-"""Makes updates of rows of `Selection.columns`, lazily and in their order. It may leave messages out, or stop."""
-
-
-def fit_in_sql(keys: Sequence[str]) -> bool:
-    """Whether SQL can restore these keys: some that need no quoting, and not too many for a function of SQLite."""
-    return len(keys) <= MAX_KEYS and all(re.fullmatch("[A-Za-z0-9_-]{1,100}", key) for key in keys)
+Decide = Callable[[Iterable[MessageRow]], Iterator[Update]]
+"""Makes updates of rows, lazily and in their order. It may stop before the last one."""
 
 
-def plan(db: Connection, found: Selection, new: NewState, octets: Any) -> Plan:
-    """What would become of the messages.
+@dataclass(frozen=True)
+class Selection:
+    """Some messages, or those of them that are due soonest."""
 
-    octets: the engine's expression for the length of a text in bytes.
-    Raises StoreRefused if the tables would refuse a name.
-    """
-    # OFFSET 0 keeps the planner from evaluating the new name at each place that uses it.
-    if new.restored:
-        found = replace(found, where=found.where & new.differs)
-    each = found.select(messages.c.queue, new.queue.label("to")).offset(literal_column("0")).subquery()
-    pairs = select(each.c.queue, each.c.to, func.count().label("n")).group_by(each.c.queue, each.c.to).subquery()
-    moved = func.sum(pairs.c.n).filter(pairs.c.queue != pairs.c.to)
-    totals = (func.count(), func.sum(pairs.c.n), moved, func.max(octets(pairs.c.to)))
-    rows = db.execute(
-        select(pairs, *(total.over() for total in totals))
-        .order_by(pairs.c.n.desc(), pairs.c.queue, pairs.c.to)
-        .limit(MAX_MOVES)
-    ).all()
-    if not rows:
-        return Plan(0, 0, [], 0)
-    entries, matched, moving, longest = rows[0][3:]
-    if longest > MAX_NAME:
-        raise StoreRefused(TOO_LONG)
-    return Plan(int(matched), int(moving or 0), [Move(*row[:3]) for row in rows], entries - len(rows))
+    where: sa.ColumnElement[bool]
+    limit: int | None = None
+    of_records: bool = False
+    """`where` picks a record of the log with each message."""
+    at_most: int | None = None
+    """How many there can be, if that is known."""
+    are_most: bool = False
+    """SQLite: they are most of all messages, which its planner does not know."""
+
+    def select(self, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
+        """These columns of each."""
+        source: sa.FromClause = messages.join(log, messages.c.id == log.c.id) if self.of_records else messages
+        found = sa.select(*columns).select_from(source).where(self.where)
+        if self.limit is not None:
+            return found.order_by(messages.c.due, messages.c.id).limit(self.limit)
+        if self.are_most and not self.of_records:
+            return found.with_hint(messages, "NOT INDEXED", "sqlite")  # a scan is faster than random access
+        return found
+
+
+@dataclass(frozen=True)
+class NewState:
+    """What a rebind by data or an undo makes of each message, in SQL."""
+
+    values: Mapping[str, sa.ColumnElement[Any]]
+    """The new value of each column that may change."""
+    renames: bool
+    """Most messages will move."""
+    due_if_moved: bool
+    """`due` stays the same for messages that do not move."""
+
+
+Record = Mapping[str, sa.ColumnElement[Any]]
+
+BEFORE = ["id", "sender", "recipient", "size", "created", "num_attempts", "meta", "domain", "due"]
+"""A record's columns that hold what its message was before."""
+
+
+def record_of(rebind_id: str, before: Any, new_queue: Any, **news: sa.ColumnElement[Any]) -> Record:
+    """An AdminRebind record: the message's columns before, and NEW_COLUMNS unless they follow from the request."""
+    columns = {name: before[name] for name in BEFORE}
+    columns |= {"type": sa.literal("AdminRebind", sa.Text), "rebind_id": sa.literal(rebind_id, sa.Text)}
+    return columns | {"queue": new_queue, "old_queue": before["queue"]} | news
+
+
+def unless_same(before: Any, after: Any) -> Record:
+    """What a record says that its message became, NULL for what has not changed."""
+    names = {name: name.removeprefix("new_") for name in (*NEW_COLUMNS, "new_due")}
+    return {new: sa.func.nullif(after[name], before[name], type_=log.c[new].type) for new, name in names.items()}
+
+
+def of_rebind(rebind: Any) -> sa.ColumnElement[bool]:
+    """Whether a record is of the rebind in this row of `rebinds`: its records' keys are in a range of the log."""
+    return sa.and_(log.c.key.between(rebind.first_key, rebind.last_key), log.c.rebind_id == rebind.rebind_id)
 
 
 def rows_to_read(size: int, characters: int) -> int:
@@ -191,13 +143,64 @@ def batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list
         yield batch
 
 
-def record_columns(rebind_id: str, before: Any, new_queue: Any, old_queue: Any) -> dict[str, Any]:
-    """A record's columns, with what the message was from the columns of `before`."""
-    columns = {name: before[name] for name in BEFORE}
-    columns |= {"type": literal("AdminRebind", Text), "rebind_id": literal(rebind_id, Text)}
-    return columns | {"queue": new_queue, "old_queue": old_queue}
+class Backend(Protocol):
+    """What an engine offers. The modules sqlite and postgresql have these names, and queues.py chooses one of them."""
 
+    ENCODING: tuple[str, str]  # how to ask for the database's encoding, and what it must be
+    BEGIN_READ: str  # begins a transaction that sees everything as it was at one moment
+    BEGIN_WRITE: str
 
-def of_rebind(rebind_id: str, first_key: int, last_key: int) -> ColumnElement[bool]:
-    """Whether a record is of this rebind, whose records' keys lie in this range."""
-    return and_(log.c.key.between(first_key, last_key), log.c.rebind_id == rebind_id)
+    def connect_to(self, url: str, busy_timeout: float) -> sa.Engine:
+        """Connections to the database at `url`, each waiting at most `busy_timeout` seconds for others.
+
+        Raises ArgumentError, ImportError and ValueError for a URL that cannot be used.
+        """
+
+    def shown(self, url: str) -> str:
+        """The store for people: its file, or its URL without a password."""
+
+    def open_file(self, url: str, create: bool) -> None:
+        """Look for the file, or with `create` create one. Raises StoreUnavailable and StoreUnusable."""
+
+    def meaning(self, error: sa.exc.DBAPIError) -> Exception | None:
+        """What a driver's error means to us; None if it is a fault in our own code."""
+
+    def now(self, db: sa.Connection) -> float:
+        """The time, in seconds since 1970, by the clock that all who use the database share."""
+
+    def last_key(self, db: sa.Connection) -> int:
+        """The last key of the log that was given to anybody; 0 if none was."""
+
+    def writers_of_log(self, db: sa.Connection) -> Collection[str]:
+        """The transactions that may still commit records with smaller keys than the last one that can be read."""
+
+    def in_queues(self, names: Sequence[str]) -> sa.ColumnElement[bool]:
+        """Whether a message is in one of the queues; the names, however many, are one parameter."""
+
+    def meta_text(self, key: str) -> sa.ColumnElement[str]:
+        """The string at a plain key of a message's metadata; NULL if there is none."""
+
+    def merge(
+        self, meta: sa.ColumnElement[Any], data: Mapping[str, str], unset: Collection[str]
+    ) -> sa.ColumnElement[Any]:
+        """The metadata with every key of `data` set and the keys `unset` removed."""
+
+    def take_turn(self, db: sa.Connection) -> None:
+        """Wait until no other rebind is running, and prepare a transaction for one."""
+
+    def sized(self, db: sa.Connection, selection: Selection) -> Selection:
+        """The same messages, with what the planner must be told of their number."""
+
+    def update_all(
+        self, db: sa.Connection, selection: Selection, new: NewState, rebind_id: str | None
+    ) -> tuple[int, int]:
+        """Change messages by SQL alone, and write a record of each unless `rebind_id` is None.
+
+        Returns how many there were, and how many moved.
+        """
+
+    def update_each(self, db: sa.Connection, selection: Selection, decide: Decide, rebind_id: str | None) -> None:
+        """Make each message what `decide` says, in batches, and write a record of each unless `rebind_id` is None."""
+
+    def rows(self, db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
+        """Each message, in a transaction that changes nothing. Close it when you have seen enough."""

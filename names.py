@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, Text, cast, func, literal, null
+import sqlalchemy as sa
 
 from tables import messages
 
@@ -108,7 +108,7 @@ def queue_name(meta: Mapping[str, Any], domain: str) -> str:
 
     def component(key: str) -> str | None:
         value = meta.get(key)
-        return value if isinstance(value, str) else None
+        return str.__str__(value) if isinstance(value, str) else None  # a handler may set an Enum of strings
 
     pinned = component("queue")
     if pinned is not None:
@@ -116,32 +116,23 @@ def queue_name(meta: Mapping[str, Any], domain: str) -> str:
     return _built(component("campaign"), component("tenant"), domain, component("routing_domain"))
 
 
-MetaText = Callable[[str, str], ColumnElement[str]]
-"""An engine's expression for the string at a key of the column `meta` of a table, NULL if there is none."""
-FromMeta = Callable[[Callable[[MetaText], ColumnElement[str]], bool], ColumnElement[str]]
-"""An engine's way to build an expression that reads metadata: a message's, and if the flag says so, its record's."""
-
-
 def new_name(
-    from_meta: FromMeta, data: Mapping[str, str], unset: Collection[str] = (), restored: Collection[str] = ()
-) -> ColumnElement[str]:
-    """`queue_name` in SQL, for each message with `data` set, and the keys `unset` removed.
+    meta_text: Callable[[str], sa.ColumnElement[str]], data: Mapping[str, str], unset: Collection[str]
+) -> sa.ColumnElement[str]:
+    """`queue_name` in SQL, for each message with `data` set and the keys `unset` removed.
 
-    restored: the keys that get back what they were when its record was written.
+    meta_text: the engine's expression for the string at a key of a message's metadata, NULL if there is none.
     """
 
-    def built(meta_text: MetaText) -> ColumnElement[str]:
-        def component(key: str) -> ColumnElement[str]:
-            if key in data:
-                return literal(data[key], Text)
-            if key in unset:
-                return cast(null(), Text)
-            return meta_text("log" if key in restored else "messages", key)
+    def component(key: str) -> sa.ColumnElement[str]:
+        if key in data:
+            return sa.literal(data[key], sa.Text)
+        return sa.cast(sa.null(), sa.Text) if key in unset else meta_text(key)
 
-        campaign, tenant, routing_domain = component("campaign"), component("tenant"), component("routing_domain")
-        # NULL || x is NULL, so coalesce picks the first prefix whose components are all set.
-        prefix = func.coalesce(campaign + ":" + func.coalesce(tenant, "") + "@", tenant + "@", "", type_=Text)
-        name = prefix + messages.c.domain + func.coalesce("!" + routing_domain, "", type_=Text)
-        return func.coalesce(component("queue"), name, type_=Text)
-
-    return literal(data["queue"], Text) if "queue" in data else from_meta(built, bool(restored))
+    if "queue" in data:
+        return component("queue")
+    campaign, tenant, routing_domain = component("campaign"), component("tenant"), component("routing_domain")
+    # NULL || x is NULL, so coalesce picks the first prefix whose components are all set.
+    prefix = sa.func.coalesce(campaign + ":" + sa.func.coalesce(tenant, "") + "@", tenant + "@", "", type_=sa.Text)
+    name = prefix + messages.c.domain + sa.func.coalesce("!" + routing_domain, "", type_=sa.Text)
+    return sa.func.coalesce(component("queue"), name, type_=sa.Text)

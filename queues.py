@@ -6,36 +6,29 @@ keeps nothing in memory: every process and host that is bound to the same databa
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
-from sqlalchemy import CTE, ColumnElement, Connection, func, insert, select, true
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+import sqlalchemy as sa
 
 import deliverylog
-import event
 import history
 import postgresql
 import sqlite
 from deliverylog import EVERY_RECORD, LogFilter, Pruned
+from event import Stream
 from message import NewMessage, domain_of
-from moving import MANY, MESSAGE_COLUMNS, NewState, Selection, batches, fit_in_sql, plan
+from moving import MESSAGE_COLUMNS, Backend, NewState, Selection, batches
 from names import ALL_QUEUES, DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
-from rebinding import RebindRequest, RebindResult, in_a_line
-from store import Database, StoreConflict, StoreUnusable
-from streaming import Stream, handled, restored
-from tables import contents, messages
+from rebinding import Plan, RebindRequest, RebindResult, in_a_line
+from store import Database, StoreConflict, StoreRefused, StoreUnusable
+from tables import MAX_NAME, TOO_LONG, contents, messages
 
-ENGINES = {"sqlite": sqlite, "postgresql": postgresql}
+BACKENDS: dict[str, Backend] = {"sqlite": sqlite, "postgresql": postgresql}
 ATTEMPTS = 3  # per rebind: PostgreSQL may end ours if another transaction locks the same messages in another order
 CONTENTS = 16  # that are in memory at once: each may have many megabytes
-
-NOTHING = RebindRequest(reason="", data={}, criteria=Criteria(domain="nobody.invalid"), dry_run=True)
 
 logger = logging.getLogger(__name__)
 
@@ -72,29 +65,15 @@ class QueueRegistry:
     database: Database
 
     def bind(self, url: str, busy_timeout: float | str) -> None:
-        """Use the database at `url`, and wait at most `busy_timeout` seconds for others who use it.
-
-        The database is not touched before it is used. Raises StoreUnusable.
-        """
-        self.database = Database(_engine(url), url, busy_timeout)
+        """Use the database at `url`, and wait at most `busy_timeout` seconds for others. Raises StoreUnusable."""
+        self.database = Database(_backend(url), url, busy_timeout)
 
     def prepare(self) -> None:
         """Create the store if there is none, and check it. Raises StoreUnavailable and StoreUnusable."""
         self.database.prepare(create=True)
 
-    def check(self) -> None:
-        """Find a damaged store now, and compile a rebind's statements, before the first rebind does.
-
-        Raises StoreDamaged and StoreUnavailable.
-        """
-        self.database.check()
-        self.rebind(NOTHING)
-        self.database.close()
-
-    def rebind(self, request: RebindRequest, progress: Callable[[], None] = lambda: None) -> RebindResult:
+    def rebind(self, request: RebindRequest) -> RebindResult:
         """Handle each matched message exactly once, all or none of them, durably.
-
-        progress: is called for each message that the event or an undo streams.
 
         docs/contract.md, "What one request does" and "Beyond the page".
 
@@ -102,64 +81,66 @@ class QueueRegistry:
         Raises StoreUnavailable: nothing was done unless the answer to the commit was lost, as its message says.
         """
         if request.dry_run:
-            with self.database.begin_read() as db:
-                return self._rehearse(db, request, progress)
+            return self._rehearse(request)
         rebind_id, start = history.new_id(), time.monotonic()
         logger.info("rebind %s begins: %s", rebind_id, in_a_line(request))
         try:
-            result = self._attempt(request, rebind_id, progress)
+            result = self._attempt(request, rebind_id)
         except BaseException as error:
             logger.info("rebind %s failed after %.3f s: %s", rebind_id, time.monotonic() - start, type(error).__name__)
             raise
-        repeated = "" if result.rebind_id == rebind_id else f" (the answer of {result.rebind_id} again)"
-        seconds = time.monotonic() - start
-        logger.info("rebind %s ends after %.3f s: %s%s", rebind_id, seconds, result.in_a_line(), repeated)
+        seconds, done = time.monotonic() - start, result.in_a_line()
+        if result.rebind_id != rebind_id:
+            done += f" (the answer of {result.rebind_id} again)"
+        logger.info("rebind %s ends after %.3f s: %s", rebind_id, seconds, done)
         return result
 
-    def tidy(self, result: RebindResult) -> None:
-        """Do what a rebind left to be done after its answer: for a few messages it is not worth the time."""
-        if result.matched >= MANY and result.plan is None:
-            self.database.tidy()
-
-    def _attempt(self, request: RebindRequest, rebind_id: str, progress: Callable[[], None]) -> RebindResult:
+    def _attempt(self, request: RebindRequest, rebind_id: str) -> RebindResult:
         for _ in range(ATTEMPTS - 1):
-            with suppress(StoreConflict):
-                return self._rebind(request, rebind_id, progress)
-        return self._rebind(request, rebind_id, progress)
+            try:
+                return self._rebind(request, rebind_id)
+            except StoreConflict:
+                continue
+        return self._rebind(request, rebind_id)
 
-    def _rebind(self, request: RebindRequest, rebind_id: str, progress: Callable[[], None]) -> RebindResult:
+    def _rebind(self, request: RebindRequest, rebind_id: str) -> RebindResult:
         """Do it in one transaction: which messages, what becomes of them, their records, the row of history."""
-        engine = self.database.engine
+        backend = self.database.backend
+        recorded = None if request.suppress_logging else rebind_id
         with self.database.begin_write() as db:
-            engine.take_turn(db)
-            if done := history.answered(db, request):
-                return done
-            now, first_key = time.time(), engine.last_key(db) + 1
-            recorded = None if request.suppress_logging else rebind_id
-            found, left, change = _work(engine, db, request, now, progress)
-            if isinstance(change, Stream):
-                engine.update_each(db, found, change, recorded)
-                matched, moved = change.matched, change.moved
+            backend.take_turn(db)
+            if earlier := history.earlier_answer(db, request):
+                return earlier
+            now, first_key = backend.now(db), backend.last_key(db) + 1
+            work = _work(backend, db, request, now)
+            if isinstance(work.change, Stream):
+                backend.update_each(db, work.selection, work.change, recorded)
+                done = Plan.of(work.change.pairs)
+                matched, moved = done.matched, done.moved
             else:
-                matched, moved = engine.update_all(db, found, change, recorded)
-            flushed = matched if request.always_flush else moved
-            result = RebindResult(matched, moved, flushed, left, rebind_id)
-            history.keep(db, request, result, now, (first_key, engine.last_key(db)))
+                matched, moved = backend.update_all(db, work.selection, work.change, recorded)
+            left = work.undo.count_left(db) if work.undo else None
+            result = RebindResult(matched, moved, _flushed(request, matched, moved), left, rebind_id)
+            history.keep(db, request, result, now, (first_key, backend.last_key(db)))
         return result
 
-    def _rehearse(self, db: Connection, request: RebindRequest, progress: Callable[[], None]) -> RebindResult:
+    def _rehearse(self, request: RebindRequest) -> RebindResult:
         """Plan a rebind."""
-        engine, now = self.database.engine, time.time()
-        found, left, change = _work(engine, db, request, now, progress)
-        if isinstance(change, Stream):
-            with closing(engine.rows(db, found)) as rows:
-                for _ in change(rows):
-                    pass
-            planned = change.plan()
-        else:
-            planned = plan(db, found, change, engine.octets)
-        flushed = planned.matched if request.always_flush else planned.moved
-        return RebindResult(planned.matched, planned.moved, flushed, left, plan=planned)
+        backend = self.database.backend
+        with self.database.begin_read() as db:
+            work = _work(backend, db, request, backend.now(db))
+            if isinstance(work.change, Stream):
+                with closing(backend.rows(db, work.selection)) as rows:
+                    for _ in work.change(rows):
+                        pass
+                pairs: Mapping[tuple[str, str], int] = work.change.pairs
+            else:
+                pairs = _pairs(db, work.selection, work.change)
+            left = work.undo.count_left(db) if work.undo else None
+        if any(len(to.encode("utf-8", "surrogatepass")) > MAX_NAME for _, to in pairs):
+            raise StoreRefused(TOO_LONG)
+        plan = Plan.of(pairs)
+        return RebindResult(plan.matched, plan.moved, _flushed(request, plan.matched, plan.moved), left, plan=plan)
 
     def load(self, new: Iterable[NewMessage]) -> Loaded:
         """Add messages, all or none of them, except those for the queue `null`, which are discarded.
@@ -173,8 +154,8 @@ class QueueRegistry:
                 rows = [row for row in map(_row, batch) if row["queue"] != DISCARDED]
                 _refuse_duplicates(db, batch)
                 if rows:
-                    db.execute(insert(messages), rows)
-                    db.execute(insert(contents), [{"id": row["id"], "data": row["content"]} for row in rows])
+                    db.execute(sa.insert(messages), rows)
+                    db.execute(sa.insert(contents), [{"id": row["id"], "data": row["content"]} for row in rows])
                 added += len(rows)
                 empty += sum(not row["content"] for row in rows)
                 discarded += len(batch) - len(rows)
@@ -182,11 +163,11 @@ class QueueRegistry:
 
     def queues(self, criteria: Criteria = ALL_QUEUES) -> list[QueueSummary]:
         """The queues that match, by name. Raises StoreUnavailable."""
-        due = func.count().filter(messages.c.due <= time.time())
-        oldest, attempts = func.min(messages.c.created), func.max(messages.c.num_attempts)
-        statement = select(messages.c.queue, func.count(), due, oldest, attempts).group_by(messages.c.queue)
+        oldest, attempts = sa.func.min(messages.c.created), sa.func.max(messages.c.num_attempts)
         with self.database.autocommit() as db:
-            matching = statement.where(_matching(self.database.engine, db, criteria)).order_by(messages.c.queue)
+            due = sa.func.count().filter(claimable(self.database.backend.now(db)))
+            statement = sa.select(messages.c.queue, sa.func.count(), due, oldest, attempts).group_by(messages.c.queue)
+            matching = statement.where(_matching(self.database.backend, db, criteria)).order_by(messages.c.queue)
             return [QueueSummary(*row) for row in db.execute(matching)]
 
     def messages(
@@ -197,19 +178,24 @@ class QueueRegistry:
         They are streamed, and all are as they were at one moment. Raises StoreUnavailable.
         """
         with self.database.begin_read() as db:
-            matching = _matching(self.database.engine, db, criteria)
+            matching = _matching(self.database.backend, db, criteria)
             found = Selection(matching if id is None else matching & (messages.c.id == id), limit)
-            data = select(contents.c.data).where(contents.c.id == messages.c.id).scalar_subquery().label("data")
+            data = sa.select(contents.c.data).where(contents.c.id == messages.c.id).scalar_subquery().label("data")
             yield from db.execute(found.select(*MESSAGE_COLUMNS, data), execution_options={"yield_per": CONTENTS})
 
-    def due_queues(self, db: Connection, due: float) -> list[str]:
-        """The names of the queues with a message that is due then, in seconds since 1970."""
-        names = _loose_index_scan(self.database.engine)
-        is_due = select(messages.c.id).where(messages.c.queue == names.c.queue, messages.c.due <= due)
-        return list(db.scalars(select(names.c.queue).where(names.c.queue.is_not(None), is_due.exists())))
+    def due_queues(
+        self, db: sa.Connection, now: float, after: str | None, last: str | None, limit: int | None
+    ) -> list[str]:
+        """The first queues, by name, of which a message can be claimed now: after this one, and up to the last one."""
+        names = _queue_names(after, last)
+        has_work = sa.select(messages.c.id).where(messages.c.queue == names.c.queue, claimable(now)).exists()
+        found = sa.select(names.c.queue).where(names.c.queue.is_not(None), has_work)
+        if last is not None:
+            found = found.where(names.c.queue <= last)
+        return list(db.scalars(found.limit(limit)))
 
     def records(
-        self, after: int = 0, poll: float | None = None, wanted: LogFilter = EVERY_RECORD
+        self, after: int | None = None, poll: float | None = None, wanted: LogFilter = EVERY_RECORD
     ) -> Iterator[dict[str, Any]]:
         """The delivery log. See deliverylog.records."""
         return deliverylog.records(self.database, after, poll, wanted)
@@ -223,88 +209,101 @@ class QueueRegistry:
         return deliverylog.prune(self.database, before, dry_run)
 
 
-def _engine(url: str) -> ModuleType:
+def _backend(url: str) -> Backend:
     """The module for this database. Raises StoreUnusable."""
     try:
-        backend = make_url(url).get_backend_name()
-    except (ArgumentError, ValueError) as error:
+        name = sa.make_url(url).get_backend_name()
+    except (sa.exc.ArgumentError, ValueError) as error:
         raise StoreUnusable(f"the database URL cannot be used: {error}") from error
-    if backend not in ENGINES:
-        raise StoreUnusable(f"the database URL cannot be used: {backend} is neither sqlite nor postgresql")
-    return ENGINES[backend]
+    if name not in BACKENDS:
+        raise StoreUnusable(f"the database URL cannot be used: {name} is neither sqlite nor postgresql")
+    return BACKENDS[name]
 
 
-def _loose_index_scan(engine: ModuleType) -> CTE:
-    """The queues' names, each found from the one before, and a last NULL.
+def claimable(now: float) -> sa.ColumnElement[bool]:
+    """Whether a message is due, and no worker holds it."""
+    return sa.and_(messages.c.due <= now, messages.c.leased_until <= now)
 
-    The cost grows with the number of queues, not of messages.
+
+def _queue_names(after: str | None = None, last: str | None = None) -> sa.CTE:
+    """The queues' names after this one, each found from the one before; perhaps NULL, or one beyond `last`, at the end.
+
+    The cost grows with the number of names that are read, not of messages.
     """
-    first = select(func.min(messages.c.queue).label("queue")).cte("names", recursive=True)
-    start = engine.following(first.c.queue)
-    following = select(messages.c.queue).where(messages.c.queue >= start).order_by(messages.c.queue).limit(1)
-    return first.union(select(following.scalar_subquery()).where(first.c.queue.is_not(None)))
+    first = sa.select(sa.func.min(messages.c.queue).label("queue"))
+    if after is not None:
+        first = first.where(messages.c.queue > after)
+    names = first.cte("names", recursive=True)
+    following = sa.select(messages.c.queue).where(messages.c.queue > names.c.queue).order_by(messages.c.queue).limit(1)
+    goes_on = names.c.queue.is_not(None) if last is None else names.c.queue < last
+    return names.union_all(sa.select(following.scalar_subquery()).where(goes_on))
 
 
-def matching_queues(engine: ModuleType, db: Connection, criteria: Criteria) -> list[str]:
+def matching_queues(db: sa.Connection, criteria: Criteria) -> list[str]:
     """The names of the queues that match."""
-    names = _loose_index_scan(engine).c.queue
-    found = db.scalars(select(names).where(names.is_not(None)))
+    names = _queue_names().c.queue
+    found = db.scalars(sa.select(names).where(names.is_not(None)))
     return [name for name in found if criteria.match(QueueName.parse(name))]
 
 
-def _matching(engine: ModuleType, db: Connection, criteria: Criteria) -> ColumnElement[bool]:
+def _matching(backend: Backend, db: sa.Connection, criteria: Criteria) -> sa.ColumnElement[bool]:
     """Whether a message is in a queue that matches."""
-    return true() if criteria.match_all else engine.in_queues(matching_queues(engine, db, criteria))
+    return sa.true() if criteria.match_all else backend.in_queues(matching_queues(db, criteria))
 
 
-def _work(
-    engine: ModuleType, db: Connection, request: RebindRequest, now: float, progress: Callable[[], None]
-) -> tuple[Selection, int | None, NewState | Stream]:
-    """Which messages to handle; of an undo, how many are left alone; and what becomes of each message."""
-    matching = _matching(engine, db, request.criteria)
-    left = None
+class Work(NamedTuple):
+    """What a request asks for, in terms of this database."""
+
+    selection: Selection
+    """Which messages."""
     change: NewState | Stream
+    """What becomes of each."""
+    undo: history.Undo | None = None
+    """If it takes back an earlier rebind."""
+
+
+def _work(backend: Backend, db: sa.Connection, request: RebindRequest, now: float) -> Work:
+    matching = _matching(backend, db, request.criteria)
     if request.undo is not None:
-        undo = history.undoable(db, request.undo)
-        matching, left = matching & undo.found, undo.left
-        if undo.keys and fit_in_sql(undo.keys):
-            change = _state_before(engine, request, undo.keys, now)
-            found = Selection(matching, request.limit, of_records=True)
-        else:
-            change = Stream(request, now, progress, partial(restored, undo.shared))
-            found = Selection(matching, request.limit, of_records=True, skips=True)
-    elif request.trigger_rebind_event:
-        found = Selection(matching, request.limit)
-        change = Stream(request, now, progress, partial(handled, event.connected(), request.data))
-    else:
-        change = _new_state(engine, request, now)
-        if request.limit is not None and change.renames:
-            matching &= messages.c.queue != change.queue  # so that the same request moves the next ones
-        found = Selection(matching, request.limit)
-    return engine.select_from(db, found), left, change
+        undo = history.undo(backend, db, request, now)
+        found = Selection(matching & undo.matching, request.limit, of_records=True, at_most=undo.rebind.matched)
+        return Work(backend.sized(db, found), undo.new, undo)
+    if request.trigger_rebind_event:
+        stream = Stream(request, now)
+        return Work(backend.sized(db, Selection(matching, request.limit)), stream)
+    new = _new_state(backend, request, now)
+    if request.limit is not None and new.renames:
+        matching &= messages.c.queue != new.values["queue"]  # so that the same request moves the next ones
+    return Work(backend.sized(db, Selection(matching, request.limit)), new)
 
 
-def _new_state(engine: ModuleType, request: RebindRequest, now: float) -> NewState:
+def _new_state(backend: Backend, request: RebindRequest, now: float) -> NewState:
     """What a rebind by data makes of each message."""
-    return NewState(
-        queue=new_name(engine.from_meta, request.data, request.unset),
-        meta=engine.merge(request.data, request.unset) if request.data or request.unset else None,
-        now=now,
-        flush=request.always_flush,
-        renames=not {*request.data, *request.unset}.isdisjoint(NAMING_KEYS),
-    )
+    queue = new_name(backend.meta_text, request.data, request.unset)
+    due = sa.literal(now)
+    values: dict[str, Any] = {"queue": queue, "due": due}
+    if not request.always_flush:
+        values["due"] = sa.case((messages.c.queue != queue, due), else_=messages.c.due)
+    if request.data or request.unset:
+        values["meta"] = backend.merge(messages.c.meta, request.data, request.unset)
+    renames = not {*request.data, *request.unset}.isdisjoint(NAMING_KEYS)
+    return NewState(values, renames, due_if_moved=not request.always_flush)
 
 
-def _state_before(engine: ModuleType, request: RebindRequest, keys: tuple[str, ...], now: float) -> NewState:
-    """What the undo of a rebind by data makes of each message: these keys are what they were before."""
-    return NewState(
-        queue=new_name(engine.from_meta, {}, restored=keys),
-        meta=engine.restored(keys),
-        now=now,
-        flush=request.always_flush,
-        renames=True,
-        restored=keys,
-    )
+def _pairs(db: sa.Connection, selection: Selection, new: NewState) -> dict[tuple[str, str], int]:
+    """How many messages there are of each pair of queues, the old and the new one."""
+    # OFFSET 0 keeps the planner from evaluating the new name at each place that uses it.
+    to = new.values.get("queue", messages.c.queue)
+    each = selection.select(messages.c.queue, to.label("to")).offset(sa.literal_column("0")).subquery()
+    counts = sa.select(each.c.queue, each.c.to, sa.func.count()).group_by(each.c.queue, each.c.to)
+    return {(queue, to): number for queue, to, number in db.execute(counts)}
+
+
+def _flushed(request: RebindRequest, matched: int, moved: int) -> int:
+    """How many messages are due now because of this: an undo gives them back the time at which they were due."""
+    if request.always_flush:
+        return matched
+    return 0 if request.undo is not None else moved
 
 
 def _row(new: NewMessage) -> dict[str, Any]:
@@ -324,8 +323,8 @@ def _row(new: NewMessage) -> dict[str, Any]:
     }
 
 
-def _refuse_duplicates(db: Connection, batch: list[NewMessage]) -> None:
-    there = set(db.scalars(select(messages.c.id).where(messages.c.id.in_([new.id for new in batch]))))
+def _refuse_duplicates(db: sa.Connection, batch: list[NewMessage]) -> None:
+    there = set(db.scalars(sa.select(messages.c.id).where(messages.c.id.in_([new.id for new in batch]))))
     for new in batch:
         if new.id in there:
             raise DuplicateMessage(f"{new.source}: message id {new.id} already exists")

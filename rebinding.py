@@ -3,33 +3,15 @@
 docs/contract.md, "The request" and "Beyond the page".
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from message import to_json
 from names import ALL_QUEUES, Criteria
 
 MAX_MOVES = 100  # entries of a plan
 MAX_SHOWN = 200  # characters of a value in the diagnostic log
-
-
-class Move(NamedTuple):
-    """An entry of a plan: how many messages would go from one queue to another."""
-
-    source: str
-    to: str
-    messages: int
-
-
-class Plan(NamedTuple):
-    """What a rebind would do."""
-
-    matched: int
-    moved: int
-    moves: list[Move]
-    """The largest, at most MAX_MOVES."""
-    more: int
-    """How many entries were left out."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +52,35 @@ class RebindRequest:
         return {name: value for name, value in (fields | criteria).items() if value not in (None, False, ())} | {
             "unset": sorted(self.unset)
         }
+
+
+class Move(NamedTuple):
+    """An entry of a plan: how many messages would go from one queue to another."""
+
+    source: str
+    to: str
+    messages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rebind does to messages, or with a dry run would do."""
+
+    matched: int
+    moved: int
+    """How many of them change their queue."""
+    moves: list[Move]
+    """From which queue to which other one, the largest first, at most MAX_MOVES."""
+    more: int
+    """How many entries were left out."""
+
+    @classmethod
+    def of(cls, pairs: Mapping[tuple[str, str], int]) -> Self:
+        """The plan for so many messages of each pair of queues: where they are, and where they will be."""
+        moves = [Move(*queues, number) for queues, number in pairs.items() if queues[0] != queues[1]]
+        moves.sort(key=lambda move: (-move.messages, move.source, move.to))
+        moved = sum(move.messages for move in moves)
+        return cls(sum(pairs.values()), moved, moves[:MAX_MOVES], len(moves[MAX_MOVES:]))
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,30 @@
-"""What is read from outside, and what is refused: JSON itself, and the request's body and query.
-
-marshmallow converts many values to the type that it wants. Here a value has its type, or is an error.
-"""
+"""What is read from outside: JSON itself, and the request's body and query. A value has its type, or is an error."""
 
 import json
-import math
 import re
-from codecs import BOM_UTF8
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
+from marshmallow.exceptions import SCHEMA
 
-from message import check_text
+from message import check_text, finite
 from names import NAMING_KEYS, Criteria
-from rebinding import RebindRequest
+from rebinding import RebindRequest, printable
+from tables import FIRST_SECOND, LAST_SECOND
 
-MAX_KEYS = 1000  # of `data`
+MAX_LINE = 500  # characters of a line about errors
+MAX_LIMIT = 10**18 - 1  # as in A_LIMIT: both engines can count so far
 
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 class NotJSON(ValueError):
-    """A text that is not JSON, or that cannot be read without guessing what it means.
-
-    line: in a file, the number of the line on which the document begins.
-    """
+    """A text that is not JSON, or is ambiguous. `line`, in a file, is that on which the document begins."""
 
     def __init__(self, reason: str, line: int = 1) -> None:
         super().__init__(reason)
@@ -35,46 +32,45 @@ class NotJSON(ValueError):
 
 
 def parse_json(text: bytes) -> Any:
-    """Read JSON (RFC 8259) from UTF-8, and refuse what Python's own reader lets pass.
-
-    Raises NotJSON: bad syntax or UTF-8, NaN, a number beyond a double, a key given twice, nesting too deep.
-    """
+    """Read JSON (RFC 8259) from UTF-8. Raises NotJSON, also for NaN, what is beyond a double, and a key given twice."""
     with _strictly():
         return json.loads(text.decode(), **_HOOKS)
 
 
 def json_documents(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    """The JSON documents of a file, one after the other, each with the number of the line on which it begins.
-
-    What is in memory is at most a document, and as much again. Raises NotJSON as `parse_json` does.
-    """
-    parts, size, enough, line = [""], 0, 0, 1
+    """The JSON documents of a file, and the line on which each begins. At most two are in memory. Raises NotJSON."""
+    text, enough, line = "", 0, 1
     for number, each in enumerate(chain(lines, [b""]), 1):  # the empty one is the end
         with _strictly(number):
-            parts.append((each.removeprefix(BOM_UTF8) if number == 1 else each).decode())
-        size += len(parts[-1])
-        if size >= enough or not each:
-            rest, line = yield from _complete_documents("".join(parts), line, ended=not each)
-            parts, size, enough = [rest], len(rest), 2 * len(rest)  # so that all attempts together take linear time
+            text += each.decode("utf-8-sig" if number == 1 else "utf-8")
+        if each and len(text) < enough:
+            continue
+        at = 0
+        while begin := _NOT_SPACE.search(text, at):
+            line += text.count("\n", at, begin.start())
+            at = begin.start()
+            if (found := _decoded(text, at, line, ended=not each)) is None:
+                break
+            document, end = found
+            yield line, document
+            line += text.count("\n", at, end)
+            at = end
+        text = text[at:]
+        enough = 2 * len(text)  # so that all attempts together take linear time
 
 
-def _complete_documents(text: str, line: int, ended: bool) -> Generator[tuple[int, Any], None, tuple[str, int]]:
-    """The documents that are complete; returns the rest of the text, and the number of its first line."""
-    text, at = text.rstrip(" \t\r\n") if ended else text, 0  # what ends too early ends on its own line
-    while begin := _NOT_SPACE.search(text, at):
-        line += text.count("\n", at, begin.start())
-        with _strictly(line):
-            try:
-                document, at = _decoder.raw_decode(text, begin.start())
-            except json.JSONDecodeError as error:
-                # No token of JSON spans lines, so the lines of an incomplete document fail at their end.
-                if not ended and not text[error.pos :].strip():
-                    return text[begin.start() :], line
-                wrong = line + text.count("\n", begin.start(), error.pos)
-                raise ValueError(f"{error.msg}: line {wrong} column {error.colno}") from None
-        yield line, document
-        line += text.count("\n", begin.start(), at)
-    return "", line + text.count("\n", at)
+def _decoded(text: str, at: int, line: int, ended: bool) -> tuple[Any, int] | None:
+    """The document that begins here, and where it ends; None if the rest of it is still to come. Raises NotJSON."""
+    text = text.rstrip(" \t\r\n") if ended else text  # what ends too early ends on its own line
+    with _strictly(line):
+        try:
+            return _decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            # No token of JSON spans lines, so the lines of an incomplete document fail at their end.
+            if not ended and not text[error.pos :].strip():
+                return None
+            wrong = line + text.count("\n", at, error.pos)
+            raise ValueError(f"{error.msg}: line {wrong} column {error.colno}") from None
 
 
 @contextmanager
@@ -99,35 +95,62 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _no_constant(name: str) -> None:
-    raise NotJSON(f"{name} is not a number in JSON")
-
-
-def _finite_float(digits: str) -> float:
-    if math.isinf(number := float(digits)):
-        raise NotJSON(f"the number {digits[:40]} is too large")
-    return number
-
-
-_HOOKS: Any = {"object_pairs_hook": _unique, "parse_constant": _no_constant, "parse_float": _finite_float}
+_HOOKS: Any = {"object_pairs_hook": _unique, "parse_constant": finite, "parse_float": finite}
 _decoder = json.JSONDecoder(**_HOOKS)
 
+# RFC 3339, section 5.6
+_TIME = re.compile(
+    r"(\d{4}-\d\d-\d\d[Tt ](?:[01]\d|2[0-3]):[0-5]\d:)([0-5]\d|60)((?:\.\d+)?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d))",
+    re.ASCII,
+)
 
-def checked(check: Any) -> Any:
-    """A validator of marshmallow's that calls `check`."""
+
+def seconds(text: Any) -> float:
+    """A time of RFC 3339, in seconds since 1970, to the microsecond. Raises ValidationError."""
+    wrong = ValidationError("Not a time of RFC 3339, such as 2026-11-24T10:00:00Z.")
+    match = _TIME.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        raise wrong
+    minute, second, rest = match.groups()
+    leap = second == "60"
+    try:
+        found = datetime.fromisoformat(f"{minute}{59 if leap else second}{rest}".upper()).timestamp() + leap
+    except ValueError:  # such as a 30th of February
+        raise wrong from None
+    if leap and int(found) % 86400:  # a leap second is the last of a day of UTC (RFC 3339, section 5.7)
+        raise wrong
+    if not FIRST_SECOND <= found <= LAST_SECOND:
+        raise ValidationError("Not in the years 1 to 9999.")
+    return found
+
+
+def in_a_line(errors: Any) -> str:
+    """marshmallow's errors as `field: reason; field: reason`, cut at MAX_LINE. Nothing in them can break the line."""
+    line = printable("; ".join(_by_field(errors)))
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}…"
+
+
+def _by_field(errors: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    if isinstance(errors, dict):
+        for field, below in errors.items():
+            yield from _by_field(below, path if field == SCHEMA else (*path, str(field)))
+    else:
+        yield ": ".join(filter(None, (".".join(path), " ".join(errors))))
+
+
+def checked(check: Any, field: str = SCHEMA) -> Any:
+    """A validator of marshmallow's that calls `check`. In a schema's own validator, it is for this field."""
 
     def validator(value: Any) -> None:
         try:
             check(value)
         except ValueError as error:
-            raise ValidationError(str(error)) from None
+            raise ValidationError(str(error), field) from None
 
     return validator
 
 
-def text(**kwargs: Any) -> fields.String:
-    """A string that both databases can hold."""
-    return fields.String(validate=checked(check_text), **kwargs)
+text = partial(fields.String, validate=checked(check_text))  # that both databases can hold
 
 
 class StrictBoolean(fields.Boolean):
@@ -139,16 +162,8 @@ class StrictBoolean(fields.Boolean):
         return value
 
 
-class StrictInteger(fields.Integer):
-    """A whole number, and not a string, a boolean or a float that looks like one."""
-
-    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.make_error("invalid", input=value)
-        return value
-
-
-FEW_KEYS = validate.Length(max=MAX_KEYS, error="Must not have more than {max} keys.")
+A_LIMIT = validate.Regexp(r"[1-9][0-9]{0,17}\Z", error="Not a whole number from 1 to 10^18 - 1.")
+FEW_KEYS = validate.Length(max=1000, error="Must not have more than {max} keys.")
 
 
 class RebindRequestSchema(Schema):
@@ -166,20 +181,17 @@ class RebindRequestSchema(Schema):
 
     @validates_schema
     def _names_are_not_empty(self, body: dict[str, Any], **_: Any) -> None:
-        empty = [key for key in NAMING_KEYS if body["data"].get(key) == "" and not body["trigger_rebind_event"]]
-        if empty:
-            reason = "Must not be empty: ?unset={key} removes the key."
-            raise ValidationError({"data": {key: {"value": [reason.format(key=key)]} for key in empty}})
+        empty = [key for key in NAMING_KEYS if body["data"].get(key) == ""]
+        if empty and not body["trigger_rebind_event"]:
+            wrong = {key: {"value": [f"Must not be empty: ?unset={key} removes the key."]} for key in empty}
+            raise ValidationError({"data": wrong})
 
 
 class RebindQuerySchema(Schema):
-    """The query parameters of a rebind, each a list of what was given. docs/contract.md, "Beyond the page"."""
+    """The query parameters of a rebind. docs/contract.md, "Beyond the page"."""
 
     dry_run = fields.Boolean(truthy={"true"}, falsy={"false"}, load_default=False)
-    limit = fields.String(
-        validate=validate.Regexp(r"[1-9][0-9]{0,17}\Z", error="Not a whole number from 1 to 10^18 - 1."),
-        load_default=None,
-    )
+    limit = fields.String(validate=A_LIMIT, load_default=None)
     unset = fields.List(text(), load_default=[])
     undo = text(load_default=None)
 
@@ -199,10 +211,9 @@ def rebind_query(args: Mapping[str, list[str]]) -> dict[str, Any]:
     repeated = [name for name, values in args.items() if len(values) > 1 and name != "unset"]
     if repeated:
         raise QueryError({name: ["Given more than once."] for name in repeated})
+    given = {name: values if name == "unset" else values[0] for name, values in args.items()}
     try:
-        query: dict[str, Any] = _query.load(
-            {name: values if name == "unset" else values[0] for name, values in args.items()}
-        )
+        query: dict[str, Any] = _query.load(given)
     except ValidationError as error:
         raise QueryError(error.messages) from error
     return query | {"limit": query["limit"] and int(query["limit"]), "unset": tuple(dict.fromkeys(query["unset"]))}
@@ -218,10 +229,7 @@ def idempotency_key(header: str | None) -> str | None:
 
 
 def rebind_request(body: Any, query: dict[str, Any], key: str | None, actor: str) -> RebindRequest:
-    """What is asked for, from a parsed body and what `rebind_query` and `idempotency_key` gave.
-
-    Raises ValidationError for the body, and QueryError for a parameter that conflicts with it.
-    """
+    """What is asked for. Raises ValidationError for the body, and QueryError for a parameter that conflicts with it."""
     fields = _body.load(body)
     criteria = Criteria(*(fields.pop(name) for name in ("campaign", "tenant", "domain", "routing_domain")))
     request = RebindRequest(**fields, **query, criteria=criteria, idempotency_key=key, actor=actor)

@@ -5,16 +5,19 @@ What a rebind means is in queues.py, not here.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from types import ModuleType
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import ArgumentError, DBAPIError
 
+from moving import Backend
 from tables import SCHEMA_VERSION, metadata, schema_version
 
+LOST = "the answer to the commit was lost: all was done or nothing; send it again with its Idempotency-Key"
+OTHER_VERSION = (
+    f"the store has schema version {{}}, and this is version {SCHEMA_VERSION}: print its messages with the old code, "
+    "and load them into a new store with `flask load`"
+)
 MAX_WAIT = 86_400  # seconds: within what both engines, and TCP's timers, can count
 
 
@@ -30,10 +33,7 @@ class StoreError(Exception):
 
 
 class StoreUnavailable(StoreError):
-    """The database is locked, full, read-only or out of reach. Nothing was done, unless a commit's answer was lost.
-
-    docs/contract.md, "Retries", says how to send the same request again.
-    """
+    """The database is locked, full, read-only or out of reach. Nothing was done, unless a commit's answer was lost."""
 
 
 class StoreConflict(StoreUnavailable):
@@ -55,60 +55,49 @@ class StoreDamaged(StoreUnusable):
 class Database:
     """A database of messages, and its transactions. It keeps nothing in memory except connections.
 
-    engine: the module sqlite or postgresql.
     url: SQLAlchemy's, `sqlite:///FILE` or `postgresql+psycopg://…`.
     busy_timeout: how long a statement waits for others, in seconds: a number, or its text as a setting gives it.
     Raises StoreUnusable.
     """
 
-    def __init__(self, engine: ModuleType, url: str, busy_timeout: Any) -> None:
+    def __init__(self, backend: Backend, url: str, busy_timeout: Any) -> None:
         with suppress(ValueError):  # what is not a number is refused
             busy_timeout = json.loads(str(busy_timeout))
         if type(busy_timeout) not in (int, float) or not 0 <= busy_timeout <= MAX_WAIT:
             raise StoreUnusable(f"the busy timeout must be a number of seconds from 0 to {MAX_WAIT}: {busy_timeout!r}")
-        self.engine, self._url = engine, url
+        self.backend, self._url = backend, url
         try:
-            connections = engine.connect_to(url, busy_timeout)
-        except (ArgumentError, ImportError, ValueError) as error:
+            connections = backend.connect_to(url, busy_timeout)
+        except (sa.exc.ArgumentError, ImportError, ValueError) as error:
             raise StoreUnusable(f"the database URL cannot be used: {error}") from error
         sa.event.listen(connections, "begin", _begin)
         self._autocommit = connections.execution_options(begin=None)
-        self._reading = connections.execution_options(begin="BEGIN")
-        self._writing = connections.execution_options(begin=engine.BEGIN_WRITE)
+        self._reading = connections.execution_options(begin=backend.BEGIN_READ)
+        self._writing = connections.execution_options(begin=backend.BEGIN_WRITE)
         self._prepared = self._may_create = False
 
     @property
     def shown(self) -> str:
         """The store for people: its file, or its URL without a password."""
-        return str(self.engine.shown(self._url))
+        return self.backend.shown(self._url)
 
-    @contextmanager
-    def autocommit(self) -> Iterator[Connection]:
-        """For statements that read, each by itself: no transaction, whose begin and end would take longer.
+    def autocommit(self) -> AbstractContextManager[sa.Connection]:
+        """For statements that read, each by itself, without a transaction. Raises StoreUnavailable."""
+        return self._transaction(self._autocommit)
 
-        They wait for no writer. Raises StoreUnavailable.
-        """
-        with self._transaction(self._autocommit) as db:
-            yield db
-
-    @contextmanager
-    def begin_read(self) -> Iterator[Connection]:
-        """A transaction that changes nothing and waits for no writer: it is rolled back at its end.
+    def begin_read(self) -> AbstractContextManager[sa.Connection]:
+        """A transaction that changes nothing, waits for no writer, and sees everything as it was at one moment.
 
         Raises StoreUnavailable.
         """
-        with self._transaction(self._reading) as db:
-            yield db
-            db.rollback()  # a failed COMMIT must not be reported as "may have been done"
+        return self._transaction(self._reading)
 
-    @contextmanager
-    def begin_write(self) -> Iterator[Connection]:
+    def begin_write(self) -> AbstractContextManager[sa.Connection]:
         """A transaction that may change everything: committed at the end of the block, rolled back by any exception.
 
         Raises StoreUnavailable, StoreConflict and StoreRefused.
         """
-        with self._transaction(self._writing) as db:
-            yield db
+        return self._transaction(self._writing)
 
     def prepare(self, create: bool = False) -> None:
         """Check that the store can be used; with `create`, create its tables first if it has none.
@@ -120,84 +109,65 @@ class Database:
         if self._prepared:
             return
         try:
-            self.engine.open_file(self._url, self._may_create)
+            self.backend.open_file(self._url, self._may_create)
             with self._translated(), self._autocommit.begin() as db:
-                question, needed = self.engine.ENCODING
+                question, needed = self.backend.ENCODING
                 if (encoding := db.scalar(sa.text(question))) != needed:
                     raise StoreUnusable(f"the encoding of the database is {encoding}: it must be {needed}")
                 found = set(sa.inspect(db).get_table_names()) & metadata.tables.keys()
                 version = (db.scalar(sa.select(schema_version)) or 0) if schema_version.name in found else 1
-            if found:
-                self._refuse_version(version)
-            elif self._may_create:
-                self._create_tables()
-            else:
+            if not found and not self._may_create:
                 raise StoreUnusable("there is no store", self.shown)
+            if not found:
+                self._create_tables()
+            elif version != SCHEMA_VERSION:
+                raise StoreUnusable(OTHER_VERSION.format(version), self.shown)
         finally:
             self.close()
         self._prepared, self._may_create = True, False
-
-    def check(self) -> None:
-        """Read all messages once, so that a damaged file is found now and not by the first rebind.
-
-        Raises StoreDamaged and StoreUnavailable.
-        """
-        with self.autocommit() as db:
-            self.engine.refuse_damaged(db)
 
     def close(self) -> None:
         """Close the connections: one must not be carried into a forked worker."""
         self._autocommit.dispose()
 
-    def tidy(self) -> None:
-        """Do what a rebind left to be done after its answer. If that fails, the next one does it."""
-        with suppress(StoreError), self.autocommit() as db:
-            self.engine.tidy(db)
-
     def _create_tables(self) -> None:
         with self._translated(), self._writing.begin() as db:
-            self.engine.take_turn(db)  # of several processes at once, one creates them
+            self.backend.take_turn(db)  # of several processes at once, one creates them
             metadata.create_all(db)
             if not db.scalar(sa.select(schema_version.c.version)):
                 db.execute(sa.insert(schema_version).values(version=SCHEMA_VERSION))
 
-    def _refuse_version(self, version: int) -> None:
-        if version != SCHEMA_VERSION:
-            raise StoreUnusable(
-                f"the store has schema version {version}, and this is version {SCHEMA_VERSION}: print its messages "
-                "with the old code, and load them into a new store with `flask load`",
-                self.shown,
-            )
-
     @contextmanager
-    def _transaction(self, engine: Engine) -> Iterator[Connection]:
+    def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:
         self.prepare()
         committing = False
         try:
             with self._translated(), engine.begin() as db:
                 yield db
-                committing = True
+                committing = engine is self._writing
+                if not committing:
+                    db.rollback()  # who reads leaves no trace
         except (StoreUnavailable, StoreUnusable) as error:
-            self._prepared = isinstance(error, StoreConflict)  # the next one looks at the store again
+            if not isinstance(error, StoreConflict):
+                self._prepared = False  # the next one looks at the store again
             cause = error.__cause__
-            if not (committing and isinstance(cause, DBAPIError) and cause.connection_invalidated):
+            if not (committing and isinstance(cause, sa.exc.DBAPIError) and cause.connection_invalidated):
                 raise
-            message = (
-                "the answer to the commit was lost: all was done or nothing; send it again with its Idempotency-Key"
-            )
-            raise StoreUnavailable(message) from cause
+            raise StoreUnavailable(LOST) from cause
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
         """The one place where a driver's errors become ours. What they mean is in a table of each engine."""
         try:
             yield
-        except DBAPIError as error:
-            if meaning := self.engine.meaning(error):
+        except sa.exc.DBAPIError as error:
+            if meaning := self.backend.meaning(error):
                 raise meaning from error
             raise
+        except UnicodeEncodeError as error:
+            raise StoreRefused("a text contains a lone surrogate, which is not UTF-8") from error
 
 
-def _begin(db: Connection) -> None:
+def _begin(db: sa.Connection) -> None:
     if begin := db.get_execution_options()["begin"]:
         db.exec_driver_sql(begin)

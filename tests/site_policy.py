@@ -1,4 +1,8 @@
-"""The policy of the gunicorn in the tests: what its handler does is told by `data`."""
+"""The policy of the gunicorns in the tests: what its handlers do is told by `data`."""
+
+import os
+import time
+from pathlib import Path
 
 from event import rebind
 from message import Message
@@ -24,3 +28,13 @@ def sign(message: Message, data: dict[str, str]) -> None:
     """Leave a trace, of any JSON."""
     if "sign" in data:
         message.meta["signed"] = {"by": ["policy", data["sign"]], "times": 1}
+
+
+@rebind.connect
+def wait(message: Message, data: dict[str, str]) -> None:
+    """Wait at one of the messages until the test lets it go. See slow.py."""
+    if message.id == data.get("wait_at"):
+        folder = Path(data["folder"])
+        (folder / str(os.getpid())).touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)

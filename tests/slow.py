@@ -1,4 +1,4 @@
-"""A rebind that takes as long as a test likes: its handler, in slow_policy.py, waits in the middle of it."""
+"""A rebind that takes as long as a test likes: its handler, in site_policy.py, waits in the middle of it."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,13 +9,13 @@ from typing import Any
 
 import requests
 from factories import message
-from services import ROOT
+from services import SITE_POLICY
 from waiting import until
 
 from moving import BATCH
 from queues import QueueRegistry
 
-POLICY = str(ROOT / "tests" / "slow_policy.py")
+POLICY = SITE_POLICY
 MESSAGES = BATCH + 2  # the first batch is written, and the second is not, when the handler waits
 
 
@@ -51,7 +51,7 @@ def held(ask: Callable[..., requests.Response], at: str, folder: Path, **options
 
     ask: sends the request; it takes the fields of the body.
     """
-    data = {"wait_at": at, "folder": str(folder)}
+    data = {"queue": "b", "wait_at": at, "folder": str(folder)}
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, data=data, trigger_rebind_event=True, **options)
         try:

@@ -4,18 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from databases import contents, engine_for, run_sql, stored
-from factories import ask, message
-from sqlalchemy import make_url, update
+from databases import contents, run_sql, stored
+from factories import ask, message, settled, undo
+from sqlalchemy import make_url
 from waiting import PATIENCE
 
-from delivery import DISCARD, Claim, Outcome, bounced, claim, delivered, postponed, recipient_list, settle
+from delivery import DISCARD, Claim, Outcome, claim, recipient_list, settle
 from deliverylog import response
 from event import rebind
 from message import Message
 from queues import QueueRegistry
 from rebinding import RebindRequest
-from tables import messages
 
 CONTENT = b"Subject: hello\r\n\r\nHello Ada\r\n"
 OK = {"response": response(250, "OK")}
@@ -48,20 +47,21 @@ def test_of_a_queue_those_are_claimed_first_that_have_been_due_longest(queues: Q
 
 def after(sql: str) -> Callable[[Claim, str], None]:
     """What a worker in another language does with its claim, as docs/tables.md says."""
-    return lambda claimed, url: run_sql(url, sql.format(id=claimed.id, lease=claimed.due))
+    return lambda claimed, url: run_sql(url, sql.format(id=claimed.id, due=claimed.due, lease=claimed.leased_until))
 
 
 @pytest.mark.parametrize(
     "finish",
     [
-        pytest.param(lambda claimed, _: delivered(claimed, OK), id="delivered"),
-        pytest.param(lambda claimed, _: bounced(claimed, NEVER), id="bounced"),
-        pytest.param(lambda claimed, _: postponed(claimed, 4e9, LATER), id="postponed"),
+        pytest.param(lambda claimed, _: settled(claimed, "Delivery", OK), id="delivered"),
+        pytest.param(lambda claimed, _: settled(claimed, "Bounce", NEVER), id="bounced"),
+        pytest.param(lambda claimed, _: settled(claimed, "TransientFailure", LATER, 4e9), id="postponed"),
         pytest.param(after("DELETE FROM messages WHERE id = '{id}'"), id="SQL: removed"),
         pytest.param(
             after(
-                "UPDATE messages SET num_attempts = num_attempts + 1, due = CASE WHEN due = {lease} THEN 4e9 ELSE due "
-                "END WHERE id = '{id}'"
+                "UPDATE messages SET num_attempts = num_attempts + 1, "
+                "due = CASE WHEN due = {due} THEN 4e9 ELSE due END, "
+                "leased_until = CASE WHEN leased_until = {lease} THEN 0 ELSE leased_until END WHERE id = '{id}'"
             ),
             id="SQL: postponed",
         ),
@@ -75,8 +75,8 @@ def test_a_claim_that_outlives_its_lease_does_nothing_to_a_message_that_came_lat
     (late,) = claim(1, lease=-1)
     (in_time,) = claim(1, lease=60)
     assert late.id == in_time.id
-    assert delivered(in_time, OK)
-    queues.load([message(content=b"new", due=late.due)])
+    assert settled(in_time, "Delivery", OK)
+    queues.load([message(content=b"new")])
     before = stored(url), contents(url), records(queues)
     finish(late, url)
     assert (stored(url), contents(url), records(queues)) == before
@@ -121,18 +121,55 @@ def test_what_is_due_in_queue_null_is_removed_without_an_attempt_or_a_record(que
     assert [record["type"] for record in queues.records()] == ["AdminRebind"] * 3
 
 
-def test_many_messages_in_queue_null_keep_no_other_waiting(queues: QueueRegistry, url: str) -> None:
+def test_queue_null_is_emptied_first_however_many_other_queues_there_are(queues: QueueRegistry, url: str) -> None:
     queues.load([message() for _ in range(2 * DISCARD + 1)])
     ask(queues, {"queue": "null"})
-    queues.load([message(meta={"queue": "a"})])
-    left = [(len(claim(2, lease=60)), len(stored(url))) for _ in range(4)]
-    assert left == [(1, DISCARD + 2), (0, 2), (0, 1), (0, 1)]
+    queues.load([message(meta={"queue": name}) for name in "abc"])
+    left = [(len(claim(1, lease=60)), len(stored(url))) for _ in range(4)]
+    assert left == [(1, DISCARD + 4), (1, 4), (1, 3), (0, 3)]
+
+
+def test_queues_take_turns_however_many_messages_each_has(queues: QueueRegistry) -> None:
+    held = [message(meta={"queue": f"{number}.invalid"}) for number in range(40)]
+    queues.load([message(meta={"queue": name}) for name in "aaaaccbbbz"] + held)
+    turns = [each.queue for _ in range(10) for each in claim(1, lease=60)]
+    first = sorted("abcz").index(turns[0])
+    assert turns[:4] == [*"abcz"[first:], *"abcz"[:first]]
+    assert sorted(turns) == sorted("aaaaccbbbz")
+    assert claim(1, lease=60) == []
+
+
+def move_and_flush(queues: QueueRegistry) -> None:
+    ask(queues, {"queue": "other"}, always_flush=True)
+
+
+def flush(queues: QueueRegistry) -> None:
+    ask(queues, always_flush=True)
+
+
+def move_and_undo(queues: QueueRegistry) -> None:
+    undo(queues, ask(queues, {"queue": "other"}))
+
+
+@pytest.mark.parametrize("rebind_it", [move_and_flush, flush, move_and_undo])
+def test_a_rebind_does_not_take_a_message_from_the_worker_that_holds_it(
+    queues: QueueRegistry, rebind_it: Callable[[QueueRegistry], None]
+) -> None:
+    """docs/contract.md, "Delivery workers"."""
+    queues.load([message()])
+    (claimed,) = claim(1, lease=60)
+    rebind_it(queues)
+    assert (claim(1, lease=60), queues.queues()[0].due) == ([], 0)
+    assert settled(claimed, "TransientFailure", LATER, 4e9)
+    assert [each.num_attempts for each in claim(1, lease=60)] == ([] if rebind_it is move_and_undo else [1])
 
 
 def test_a_message_is_taken_away_once(queues: QueueRegistry, url: str) -> None:
     queues.load([message()])
     (claimed,) = claim(1, lease=60)
-    assert (delivered(claimed, OK), bounced(claimed, NEVER), postponed(claimed, 4e9, LATER)) == (True, False, False)
+    assert settled(claimed, "Delivery", OK)
+    assert not settled(claimed, "Bounce", NEVER)
+    assert not settled(claimed, "TransientFailure", LATER, 4e9)
     assert (records(queues), stored(url)) == ([("Delivery", "ada@example.com", 250)], [])
 
 
@@ -170,37 +207,35 @@ def test_a_recipient_who_is_named_twice_gets_one_copy(queues: QueueRegistry, url
     assert [row["recipient"] for row in stored(url)] == ["bob@example.com"]
 
 
-def test_outcomes_whose_commit_was_not_answered_are_written_once(queues: QueueRegistry, url: str) -> None:
+@pytest.mark.parametrize("due", [4e9, None])
+@pytest.mark.parametrize("meanwhile", [lambda queues: None, flush], ids=["", "a rebind flushes it meanwhile"])
+def test_outcomes_whose_commit_was_not_answered_are_written_once(
+    queues: QueueRegistry, url: str, due: float | None, meanwhile: Callable[[QueueRegistry], None]
+) -> None:
     queues.load([message(["good@example.com", "ada@example.com"])])
     (claimed,) = claim(1, lease=60)
     outcomes = [Outcome("Delivery", ["good@example.com"], OK), Outcome("TransientFailure", ["ada@example.com"], LATER)]
-    assert settle(claimed, outcomes, due=4e9)
+    meanwhile(queues)
+    assert settle(claimed, outcomes, due)
     once = stored(url), records(queues)
-    assert settle(claimed, outcomes, due=4e9)
+    assert settle(claimed, outcomes, due)
     assert (stored(url), records(queues)) == once
 
 
-def test_a_recipient_without_a_domain_does_not_keep_the_outcomes_from_being_written(
+def test_what_comes_after_the_end_of_a_lease_counts_and_leaves_the_next_workers_lease_alone(
     queues: QueueRegistry, url: str
 ) -> None:
-    """A sender may write such a row: RFC 5321, section 4.5.1, knows `postmaster` without a domain."""
     queues.load([message(["good@example.com", "ada@example.com"])])
-    (claimed,) = claim(1, lease=60)
-    with engine_for(url).begin() as db:
-        db.execute(update(messages).values(recipient=["good@example.com", "postmaster"]))
-    assert settle(claimed, [Outcome("Delivery", ["good@example.com"], OK)], due=4e9)
-    assert [(row["recipient"], row["domain"]) for row in stored(url)] == [("postmaster", "example.com")]
-
-
-def test_a_failure_by_the_old_route_leaves_a_message_due_that_was_rebound_meanwhile(
-    queues: QueueRegistry, url: str
-) -> None:
-    queues.load([message()])
-    (claimed,) = claim(1, lease=60)
-    queues.rebind(RebindRequest("r", {"queue": "other"}))
-    (rebound,) = stored(url)
-    postponed(claimed, 4e9, LATER)
-    assert stored(url) == [rebound | {"num_attempts": 1}]
+    (late,) = claim(1, lease=-1)
+    (in_time,) = claim(1, lease=60)
+    assert settle(late, [Outcome("Delivery", ["good@example.com"], OK)], due=4e9)
+    (row,) = stored(url)
+    assert (row["recipient"], row["leased_until"]) == ("ada@example.com", in_time.leased_until)
+    assert settle(in_time, [Outcome("Bounce", ["ada@example.com"], NEVER)])
+    assert (stored(url), records(queues)) == (
+        [],
+        [("Delivery", "good@example.com", 250), ("Bounce", "ada@example.com", 550)],
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,7 +255,7 @@ def test_who_has_a_message_does_not_get_it_again_after_a_rebind_and_whom_its_han
         message.meta["queue"] = "other"
         message.recipient = [*message.recipient, "new@example.com"]
 
-    rebind.connect(add, weak=False)
+    rebind.connect(add)
     queues.rebind(RebindRequest("r", {}, trigger_rebind_event=True))
     settle(claimed, [Outcome("Delivery", done, OK)], due=4e9)
     assert [(row["queue"], row["recipient"]) for row in stored(url)] == [("other", left)]

@@ -1,9 +1,10 @@
-"""Tests of deploy/: the real nginx with its file before a gunicorn started as the service file starts it, and systemd.
+"""Tests of deploy/: nginx with its file before a gunicorn started as the service file starts it, systemd, the command.
 
 Where nginx or systemd-analyze is missing, its tests are skipped; where CI is set, they fail.
 """
 
 import grp
+import json
 import os
 import pwd
 import re
@@ -18,14 +19,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPResponse
+from getpass import getuser
 from pathlib import Path
 from typing import Any
 
 import bcrypt
 import pytest
 import requests
+from answers import Answer
 from databases import logged, stored
 from factories import message
 from services import PATH, ROOT, From, Service, free_port, start_service, stop_service
@@ -66,11 +69,14 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Site:
     """nginx and the service behind it, and how to ask them from TRUSTED or from UNTRUSTED."""
 
-    base: str
+    proxy: Service
     certificate: Path
-    service: Service
-    upstream: Path
-    """The unix socket between the two."""
+    by_default: str
+    """The URL of a server of the same nginx that has nothing but defaults."""
+
+    @property
+    def base(self) -> str:
+        return self.proxy.base.replace("http:", "https:")
 
     def request(self, method: str, path: str, peer: str = TRUSTED, **options: Any) -> requests.Response:
         """A request by `requests`, from an address of loopback."""
@@ -83,20 +89,13 @@ class Site:
         body = {"reason": "a test", "data": {}} | body
         return self.request("POST", PATH, peer, json=body, auth=auth, headers=headers)
 
-    def send(self, request: str) -> requests.Response:
+    def send(self, request: str) -> Answer:
         """Send these characters, which need not be a request."""
-        host, port = self.base.removeprefix("https://").split(":")
         context = ssl.create_default_context(cafile=self.certificate)
-        plain = socket.create_connection((host, int(port)), 60)
-        with context.wrap_socket(plain, server_hostname=host) as connection:
+        plain = socket.create_connection(self.proxy.address, 60)
+        with context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
             connection.sendall(request.encode())
-            answer = HTTPResponse(connection)
-            answer.begin()
-            response = requests.Response()
-            response.status_code, response.raw = answer.status, answer
-            response.headers.update(answer.getheaders())
-            assert response.content
-            return response
+            return Answer.read(connection)
 
 
 NGINX = """
@@ -121,7 +120,10 @@ http {{
     include {folder}/site.conf;
     server {{  # as it is by default
         listen 127.0.0.1:{default_port};
-        location / {{ proxy_pass http://127.0.0.1:{silent_port}; }}
+        location / {{
+            proxy_pass http://rebind;
+            proxy_set_header X-Forwarded-For {trusted};
+        }}
     }}
 }}
 """
@@ -137,83 +139,66 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "fullchain.pem"
 
 
-@pytest.fixture(scope="module")
-def silent_port() -> Iterator[int]:
-    """A port where connections are taken, and never answered."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        yield int(silent.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def default_port() -> int:
-    """The port of an nginx with nothing but defaults, before the silent port."""
-    return free_port()
-
-
-def start_nginx(folder: Path, tls: Path, upstream: str, **ports: int) -> Service:
-    """nginx with deploy/nginx.conf, before `upstream`, the configuration's line for it. Stop it with `stop_service`."""
-    nginx, port = program("nginx"), free_port()
+@contextmanager
+def nginx_before(upstream: str, certificate: Path, folder: Path) -> Iterator[Site]:
+    """nginx with deploy/nginx.conf, before `upstream`, the configuration's line for it."""
+    nginx, port, default_port = program("nginx"), free_port(), free_port()
     site = (DEPLOY / "nginx.conf").read_text()
-    for shipped, here in {
+    for shipped, ours in {
         "server unix:/run/rebind/rebind.sock;": upstream,
-        "/etc/ssl/rebind": str(tls.parent),
+        "/etc/ssl/rebind": str(certificate.parent),
         "listen 443": f"listen 127.0.0.1:{port}",
         "listen [::]:443 ssl so_keepalive=60s::;": "",  # not every host has IPv6
     }.items():
         assert shipped in site
-        site = site.replace(shipped, here)
+        site = site.replace(shipped, ours)
     (folder / "site.conf").write_text(site)
     user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
-    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, user=user, group=group, **ports))
+    here = {"folder": folder, "user": user, "group": group, "default_port": default_port, "trusted": TRUSTED}
+    (folder / "nginx.conf").write_text(NGINX.format(**here))
     process = subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf"])
     proxy = Service(f"http://127.0.0.1:{port}", process, folder / "nginx.log")
-    until(proxy.listens_or_ended)
-    return proxy
+    try:
+        until(proxy.listens_or_ended)
+        yield Site(proxy, certificate, f"http://127.0.0.1:{default_port}{PATH}")
+    finally:
+        stop_service(proxy)
 
 
 @pytest.fixture(scope="module")
-def htpasswd(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An htpasswd file with the user ada, whose password is `secret`."""
-    file = tmp_path_factory.mktemp("etc") / "htpasswd"
-    file.write_text(f"ada:{bcrypt.hashpw(b'secret', bcrypt.gensalt(4)).decode()}\n")
-    return str(file)
+def socket_of_service(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket of a gunicorn with the arguments and settings of deploy/rebind.service, and with a user.
 
-
-@pytest.fixture(scope="module")
-def service(url: str, htpasswd: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A gunicorn with the arguments and settings of deploy/rebind.service."""
+    This is ada, whose password is `secret`.
+    """
     folder = tmp_path_factory.mktemp("run")
+    htpasswd = folder / "htpasswd"
+    htpasswd.write_text(f"ada:{bcrypt.hashpw(b'secret', bcrypt.gensalt(4)).decode()}\n")
     settings = dict(line.split("=", 1) for line in directives("Environment"))
     settings |= {
         "REBIND_DATABASE_URL": url,
         "REBIND_POLICY": POLICY,
         "REBIND_TRUSTED_HOSTS": TRUSTED,
-        "REBIND_HTPASSWD": htpasswd,
+        "REBIND_HTPASSWD": str(htpasswd),
     }
     (command,) = directives("ExecStart")
     arguments = shlex.split(command.replace("/run/rebind", str(folder)))[1:-1]
     service = start_service(folder, url, *arguments, **settings)
     until((folder / "rebind.sock").exists)
-    yield service
+    yield folder / "rebind.sock"
     stop_service(service)
 
 
 @pytest.fixture(scope="module")
-def site(
-    service: Service, certificate: Path, silent_port: int, default_port: int, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Site]:
+def site(socket_of_service: Path, certificate: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """That gunicorn behind nginx."""
-    upstream = service.output.with_name("rebind.sock")
-    folder = tmp_path_factory.mktemp("nginx")
-    ports = {"default_port": default_port, "silent_port": silent_port}
-    proxy = start_nginx(folder, certificate, f"server unix:{upstream};", **ports)
-    yield Site(proxy.base.replace("http:", "https:"), certificate, service, upstream)
-    stop_service(proxy)
+    with nginx_before(f"server unix:{socket_of_service};", certificate, tmp_path_factory.mktemp("nginx")) as site:
+        yield site
 
 
-def problem(response: requests.Response) -> tuple[int, str]:
+def problem(response: requests.Response | Answer) -> tuple[int, str]:
     """The status and the detail of a problem document."""
-    assert response.headers["Content-Type"] == "application/problem+json", response.text
+    assert response.headers["Content-Type"] == "application/problem+json", response.content
     document = response.json()
     assert set(document) == {"type", "title", "status", "detail"}
     assert document["status"] == response.status_code
@@ -249,25 +234,19 @@ def test_nobody_is_what_they_say_that_they_are(
     assert [record["actor"] for record in logged(url)] == [TRUSTED]
 
 
-def test_only_the_service_and_its_group_may_open_the_socket(site: Site) -> None:
+def test_only_the_service_and_its_group_may_open_the_socket(socket_of_service: Path) -> None:
     """Who opens it can name any address as the peer's."""
-    assert stat.filemode(site.upstream.stat().st_mode) == "srwxrwx---"
+    assert stat.filemode(socket_of_service.stat().st_mode) == "srwxrwx---"
 
 
-def test_a_body_of_1_mib_passes_nginx(site: Site, queues: QueueRegistry) -> None:
-    body = b'{"reason": "a test", "data": {}}'.ljust(MAX_BODY)
-    headers = {"Content-Type": "application/json"}
-    assert site.request("POST", PATH, data=body, headers=headers).status_code == 200
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_larger_body_is_refused_by_nginx_and_by_the_service(site: Site, queues: QueueRegistry, chunked: bool) -> None:
-    body = b'{"reason": "a test", "data": {}}'.ljust(MAX_BODY + 1)
-    headers = {"Content-Type": "application/json", "X-Forwarded-For": TRUSTED}
-    for base in (site.base, site.service.base):
+@pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "chunked"])
+def test_a_body_of_1_mib_passes_nginx_and_a_larger_one_does_not(
+    site: Site, queues: QueueRegistry, chunked: bool
+) -> None:
+    for size, status in ((MAX_BODY, 200), (MAX_BODY + 1, 413)):
+        body = b'{"reason": "a test", "data": {}}'.ljust(size)
         data = iter([body]) if chunked else body
-        response = requests.post(base + PATH, data, headers=headers, verify=str(site.certificate), timeout=60)
-        assert problem(response)[0] == 413, base
+        assert site.request("POST", PATH, data=data, headers={"Content-Type": "application/json"}).status_code == status
 
 
 @pytest.mark.parametrize(
@@ -304,47 +283,20 @@ def test_what_nginx_refuses_by_itself_is_a_problem_document(site: Site, request_
     assert problem(site.send(request_))[0] == status
 
 
-@pytest.mark.parametrize(
-    ("line", "headers", "status"),
-    [
-        pytest.param("GET /", [f"X-{n}: a" for n in range(60)], 431, id="many headers"),
-        pytest.param("GET /", ["X-Forwarded-Proto: https", "X-Forwarded-Ssl: off"], 400, id="http and https"),
-        pytest.param("A /", [], 400, id="a method of one letter"),
-    ],
-)
-def test_what_gunicorn_refuses_by_itself_is_a_problem_document(
-    site: Site, line: str, headers: list[str], status: int
-) -> None:
-    request = "\r\n".join([f"{line} HTTP/1.1", "Host: a", *headers, "", ""])
-    assert problem(site.send(request))[0] == status
-
-
 def test_plain_http_is_refused(site: Site) -> None:
     assert problem(requests.get(site.base.replace("https:", "http:"), timeout=60))[0] == 400
 
 
-def test_a_service_that_does_not_run_is_a_problem_document(site: Site) -> None:
-    away = site.upstream.rename(site.upstream.with_suffix(".away"))
-    try:
+def test_a_service_that_does_not_run_is_a_problem_document(certificate: Path, tmp_path: Path) -> None:
+    with nginx_before(f"server unix:{tmp_path}/nobody;", certificate, tmp_path) as site:
         status, detail = problem(site.rebind())
-    finally:
-        away.rename(site.upstream)
     assert (status, detail.partition(",")[0]) == (502, "the service does not run")
 
 
-@pytest.fixture
-def doubled(certificate: Path, silent_port: int, tmp_path: Path) -> Iterator[tuple[Site, list[socket.socket]]]:
-    """nginx before two upstreams, and those."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        upstream = "".join(f"server 127.0.0.1:{server.getsockname()[1]};" for server in (one, other))
-        proxy = start_nginx(tmp_path, certificate, upstream, default_port=free_port(), silent_port=silent_port)
-        yield Site(proxy.base.replace("http:", "https:"), certificate, proxy, tmp_path), [one, other]
-        stop_service(proxy)
-
-
-def test_a_request_is_sent_once_even_when_its_upstream_ends(doubled: tuple[Site, list[socket.socket]]) -> None:
-    site, upstreams = doubled
-    with ThreadPoolExecutor(1) as pool:
+def test_a_request_is_sent_once_even_when_its_upstream_ends(certificate: Path, tmp_path: Path) -> None:
+    upstreams = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    servers = "".join(f"server 127.0.0.1:{each.getsockname()[1]};" for each in upstreams)
+    with nginx_before(servers, certificate, tmp_path) as site, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(site.rebind)
         (ready, _, _) = select.select(upstreams, [], [], 60)
         connection, _ = ready[0].accept()
@@ -355,26 +307,21 @@ def test_a_request_is_sent_once_even_when_its_upstream_ends(doubled: tuple[Site,
 
 
 def test_a_rebind_may_take_longer_than_nginx_waits_by_default(
-    site: Site, default_port: int, queues: QueueRegistry, url: str, tmp_path: Path
+    site: Site, queues: QueueRegistry, url: str, tmp_path: Path
 ) -> None:
-    """That time has passed when a request which came later, to an nginx with its defaults, has been given up."""
+    """That time has passed when one which came later, by an nginx with its defaults, has been given up."""
     with slow_rebind(site.rebind, queues, tmp_path) as slow:
-        assert requests.get(f"http://127.0.0.1:{default_port}", timeout=60).status_code == 504
+        assert requests.post(site.by_default, json={"reason": "a test", "data": {}}, timeout=60).status_code == 504
         assert slow.let_go().status_code == 200
     assert [row["queue"] for row in stored(url)] == ["b"] * MESSAGES
 
 
 def test_the_sandbox_is_strict() -> None:
     """systemd's score is 3.0 or lower."""
-    command = [
-        program("systemd-analyze"),
-        "security",
-        "--offline=yes",
-        "--threshold=30",
-        "--no-pager",
-        str(SERVICE_FILE),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = "security --offline=yes --threshold=30 --no-pager"
+    done = subprocess.run(
+        [program("systemd-analyze"), *command.split(), str(SERVICE_FILE)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -401,6 +348,7 @@ def test_gunicorn_tells_systemd_that_it_has_started(url: str, tmp_path: Path) ->
         systemd.settimeout(60)
         service = start_service(tmp_path, url, "--workers", "1", NOTIFY_SOCKET=str(tmp_path / "notify"))
         assert systemd.recv(100).startswith(b"READY=1")
+        assert service.rebind().ok  # a worker that is told to stop before it has begun is waited for
         stop_service(service)
 
 
@@ -412,3 +360,48 @@ def test_the_service_writes_nothing_into_its_own_folder(url: str, tmp_path: Path
     environment = os.environ | {"REBIND_DATABASE_URL": url, "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", "import wsgi"], cwd=tmp_path, env=environment, check=True)
     assert set(tmp_path.iterdir()) == before
+
+
+# The command
+
+MESSAGE = '{"id": "a", "message": {"sender": "a@example.com", "recipient": "b@example.com"}}'
+
+
+@pytest.fixture
+def rebind(tmp_path: Path) -> Path:
+    """The script, with the places of this checkout; without root it cannot become another user, and stays this one."""
+    script = (DEPLOY / "rebind").read_text()
+    for shipped, here in {
+        "/etc/rebind/rebind.env": str(tmp_path / "rebind.env"),
+        "/opt/rebind": str(ROOT),
+        ".venv/bin/flask": f"{sys.executable} -m flask",
+        "runuser -u rebind --": f"runuser -u {getuser()} --" if os.geteuid() == 0 else "",
+    }.items():
+        assert shipped in script
+        script = script.replace(shipped, here)
+    file = tmp_path / "rebind"
+    file.write_text(script)
+    file.chmod(0o755)
+    return file
+
+
+def run(script: Path, *arguments: str, stdin: str = "", **environment: str) -> str:
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("REBIND_")} | environment
+    done = subprocess.run([script, *arguments], input=stdin, env=settings, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("quote", ["", "'", '"'], ids=["bare", "single quotes", "double quotes"])
+def test_it_has_the_settings_of_the_service_and_names_who_called_sudo(rebind: Path, tmp_path: Path, quote: str) -> None:
+    """The file is systemd's: no shell expands it."""
+    store = tmp_path / "$HOME & `id`.db"
+    rebind.with_name("rebind.env").write_text(
+        f"# The store:\n;REBIND_NOTHING=1\n  REBIND_DATABASE_URL={quote}sqlite:///{store}{quote}\n"
+        f"OTHER=1\nREBIND_BUSY_TIMEOUT={quote}5{quote}"
+    )
+    assert run(rebind, "load", "-", stdin=MESSAGE) == "1 message loaded, 1 of them without content, 0 discarded\n"
+    assert (store.exists(), store.stat().st_mode & 0o777) == (True, 0o600)
+    run(rebind, "rebind", "--everything", "--reason", "all of it", SUDO_USER="ada")
+    (row,) = run(rebind, "history", "--json").splitlines()
+    assert (json.loads(row)["actor"], json.loads(row)["reason"]) == ("ada", "all of it")

@@ -1,4 +1,4 @@
-"""The README and the runbook: their commands run, and print what the documents say they print."""
+"""The pages: their commands print what they say, and all that can be said to the service is on one of them."""
 
 import getpass
 import os
@@ -10,14 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Command
 from databases import POSTGRESQL_BIN, empty, engine_for, new_database, run_sql
+from flask import Flask
 from services import ROOT, Start
 from sqlalchemy import make_url, select
 from terminal import PROGRAM
 from test_deploy import program
+from test_openapi import RESPONSES
 
+import cli
+from app import SETTINGS
+from schemas import RebindQuerySchema, RebindRequestSchema
 from tables import metadata
 
+CONTRACT = (ROOT / "docs" / "contract.md").read_text()
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")]
+CODE = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("bench/*.py")]
+ALL = "\n".join(page.read_text() for page in PAGES)
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 LONG = 300  # seconds for all commands of a document
 MARK = "@@@"
@@ -108,7 +119,7 @@ def test_every_command_prints_what_the_document_says(
 ) -> None:
     url = f"sqlite:///{tmp_path / 'queues.db'}"
     policy = tmp_path / "policy.py"
-    policy.write_text(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0])
+    policy.write_text(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0])
     monkeypatch.setenv("REBIND_POLICY", str(policy))
     monkeypatch.setenv("REBIND_DATABASE_URL", url)
     service = start(url=url)
@@ -159,3 +170,38 @@ def everything(url: str) -> dict[str, list[Any]]:
     """The rows of each table."""
     with engine_for(url).connect() as db:
         return {table.name: sorted(db.execute(select(table)), key=str) for table in metadata.sorted_tables}
+
+
+# Names
+
+
+def options(command: Command) -> set[str]:
+    return {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+
+
+def test_every_name_is_on_the_page_where_its_users_look() -> None:
+    ours = Flask("ours")
+    cli.init_app(ours)
+    documented = {f"| `REBIND_{setting}` |": README for setting in SETTINGS}
+    documented |= {f"| `{field}` |": CONTRACT for field in RebindRequestSchema().fields}
+    documented |= {f"`{name}=": CONTRACT for name in RebindQuerySchema().fields}
+    documented |= {f"| {status} |": CONTRACT for status in RESPONSES if status != "200"}
+    documented |= {f"`{name}`": CONTRACT for each in RESPONSES.values() for name in each.get("headers", {})}
+    documented |= {"header `Idempotency-Key`": CONTRACT}
+    documented |= {f"flask {command}": ALL for command in ours.cli.commands}
+    assert [name for name, page in documented.items() if name not in page] == []
+    known = {option for command in ours.cli.commands.values() for option in options(command)}
+    assert known - {*re.findall(r"--[\w-]+", ALL)} == set()
+
+
+def test_what_is_cited_of_the_contract_is_there() -> None:
+    titles = re.findall("^## (.*)$", CONTRACT, re.MULTILINE)
+    text = " ".join(" ".join(file.read_text() for file in [*CODE, *PAGES]).split())
+    cited = re.findall(r'contract\.md\)?, ((?:"[A-Z][^"]+"(?:, and | and |, )?)+)', text)
+    assert {title for titles in cited for title in re.findall('"([^"]+)"', titles)} - {*titles} == set()
+
+
+def test_no_page_names_a_module_that_is_not_there() -> None:
+    a_module = r"`((?:tests/|bench/|examples/)?\w+\.py)`"
+    named = {name for page in PAGES for name in re.findall(a_module, page.read_text())}
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

@@ -1,6 +1,5 @@
 """Tests of the `rebind` event: which handlers are called, what they may do, and what comes of their failures."""
 
-import asyncio
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from databases import logged, metas, names, nothing_changes, run_sql, stored
-from factories import ask, counts, message
-from services import SITE_POLICY
+from databases import logged, metas, nothing_changes, run_sql, stored
+from factories import ask, connected_to, counts, message
 
 import event
 from event import HandlerFailed, NoHandler, rebind
@@ -29,8 +27,7 @@ Handler = Callable[..., object]
 def _no_handler_is_left() -> Iterator[None]:
     yield
     sys.modules.pop("rebind_policy", None)
-    for handler in rebind.handlers():
-        rebind.disconnect(handler)
+    rebind.handlers.clear()
 
 
 def trigger(queues: QueueRegistry, /, **data: str) -> RebindResult:
@@ -39,7 +36,7 @@ def trigger(queues: QueueRegistry, /, **data: str) -> RebindResult:
 
 
 def do(statement: str) -> Handler:
-    """A handler that runs `statement`, with `message` and `data`; hold it, as blinker does not."""
+    """A handler that runs `statement`, with `message` and `data`."""
     code = compile(statement, "a handler", "exec")
 
     def handler(message: Message, data: dict[str, str]) -> None:
@@ -55,15 +52,6 @@ def test_without_a_handler_the_event_is_refused(queues: QueueRegistry, url: str)
 
 
 @pytest.mark.sqlite
-def test_without_the_event_no_handler_is_called(queues: QueueRegistry) -> None:
-    called: list[str] = []
-    rebind.connect(lambda message, data: called.append(message.id), weak=False)
-    queues.load([message()])
-    ask(queues)
-    assert called == []
-
-
-@pytest.mark.sqlite
 def test_handlers_are_called_in_the_order_in_which_they_were_connected(queues: QueueRegistry) -> None:
     called: list[int] = []
 
@@ -71,33 +59,10 @@ def test_handlers_are_called_in_the_order_in_which_they_were_connected(queues: Q
         return lambda message, data: called.append(number)
 
     for number in range(30):
-        rebind.connect(numbered(number), weak=False)
+        rebind.connect(numbered(number))
     queues.load([message()])
     trigger(queues)
     assert called == list(range(30))
-
-
-def test_a_handler_that_is_connected_again_keeps_its_place(queues: QueueRegistry) -> None:
-    first, second = do("pass"), do("pass")
-    for handler in (first, second, first):
-        rebind.connect(handler)
-    assert rebind.handlers() == [first, second]
-
-
-@pytest.mark.sqlite
-def test_a_handler_that_nothing_holds_vanishes(queues: QueueRegistry) -> None:
-    kept = rebind.connect(do("pass"))
-    rebind.connect(do("1 / 0"))
-    gc.collect()
-    assert rebind.handlers() == [kept]
-    queues.load([message()])
-    assert trigger(queues).matched == 1
-
-
-def test_a_handler_that_is_connected_strongly_stays() -> None:
-    rebind.connect(do("pass"), weak=False)
-    gc.collect()
-    assert len(rebind.handlers()) == 1
 
 
 def test_a_handler_gets_the_message_and_the_data(queues: QueueRegistry, url: str) -> None:
@@ -130,7 +95,7 @@ def test_a_handler_may_change_meta_and_the_envelope(queues: QueueRegistry, url: 
     change = (
         "message.sender, message.recipient, message.meta = '', ['bob@Two.example', 'cyd@three.example'], {'é': [1]}"
     )
-    rebind.connect(do(change), weak=False)
+    rebind.connect(do(change))
     queues.load([message(meta={"tenant": "t"})])
     (before,) = stored(url)
     assert counts(trigger(queues)) == (1, 1, 1)
@@ -146,72 +111,47 @@ def test_a_handler_may_change_meta_and_the_envelope(queues: QueueRegistry, url: 
     assert row["due"] > before["due"]
 
 
-def test_handlers_alone_decide_what_becomes_of_data(queues: QueueRegistry, url: str) -> None:
-    rebind.connect(do("pass"), weak=False)
-    queues.load([message(meta={"tenant": "t"})])
+def test_a_message_that_handlers_leave_alone_stays_and_is_logged_whatever_data_says(
+    queues: QueueRegistry, url: str
+) -> None:
+    rebind.connect(do("pass"))
+    queues.load([message()])
     before = stored(url)
     assert trigger(queues, tenant="other").moved == 0
     assert stored(url) == before
-
-
-def test_a_message_that_a_handler_leaves_alone_is_logged(queues: QueueRegistry) -> None:
-    rebind.connect(do("pass"), weak=False)
-    queues.load([message()])
-    trigger(queues)
     assert [(record["old_queue"], record["queue"]) for record in queues.records()] == [("example.com", "example.com")]
 
 
 def test_what_a_handler_may_only_read_stays(queues: QueueRegistry, url: str) -> None:
     change = "message.id, message.queue, message.size = 'x', 'x', 9; message.created = message.due = 9"
-    rebind.connect(do(f"{change}; message.num_attempts = 9"), weak=False)
+    rebind.connect(do(f"{change}; message.num_attempts = 9"))
     queues.load([message()])
     before = stored(url)
     trigger(queues)
     assert stored(url) == before
 
 
-@pytest.mark.sqlite
-def test_a_handler_sees_what_those_before_it_did(queues: QueueRegistry, url: str) -> None:
-    handlers = [
-        do("message.meta['n'] = 1"),
-        do("message.meta['n'] += 1"),
-        do("message.meta['queue'] = 'q' * message.meta['n']"),
-    ]
-    for handler in handlers:
-        rebind.connect(handler)
-    queues.load([message()])
-    trigger(queues)
-    assert names(url) == ["qq"]
-
-
 def test_data_that_a_handler_changes_is_not_seen_by_another_or_with_the_next_message(
     queues: QueueRegistry, url: str
 ) -> None:
-    handlers = [
-        do("message.meta['first'] = dict(data); data.clear(); data['mine'] = '1'"),
-        do("message.meta['second'] = data"),
-    ]
-    for handler in handlers:
-        rebind.connect(handler)
+    rebind.connect(do("message.meta['first'] = dict(data); data.clear(); data['mine'] = '1'"))
+    rebind.connect(do("message.meta['second'] = data"))
     queues.load([message(), message()])
     trigger(queues, a="b")
     assert metas(url) == [{"first": {"a": "b"}, "second": {"a": "b"}}] * 2
 
 
-def test_a_handler_may_make_a_boolean_of_a_number(queues: QueueRegistry, url: str) -> None:
-    """In Python the two are equal, and so are lists of them: that is why the test compares text."""
-    queues.load([message(meta={"one": 1, "some": [1]})])
-    with rebind.connected_to(do("message.meta |= {'one': True, 'some': [True]}")):
+@pytest.mark.parametrize(
+    ("before", "after"), [({"a": 1, "b": [1]}, {"a": True, "b": [True]}), ({}, {"a": None})], ids=["true", "null"]
+)
+def test_what_python_takes_for_the_same_may_be_a_change(
+    queues: QueueRegistry, url: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """There 1 equals True, and `get` says the same of a null and of a key that is not there."""
+    queues.load([message(meta=before)])
+    with connected_to(do(f"message.meta |= {after}")):
         trigger(queues)
-    assert str(metas(url)) == "[{'one': True, 'some': [True]}]"
-
-
-def test_a_handler_may_set_a_key_to_null(queues: QueueRegistry, url: str) -> None:
-    """In Python, `get` says the same of a key that is not there."""
-    queues.load([message()])
-    with rebind.connected_to(do("message.meta['note'] = None")):
-        trigger(queues)
-    assert metas(url) == [{"note": None}]
+    assert str(metas(url)) == str([after])
 
 
 class Pool(str, Enum):  # noqa: UP042
@@ -224,7 +164,7 @@ def test_a_handler_may_set_a_string_of_a_class_of_its_own(queues: QueueRegistry,
     def move(message: Message, data: dict[str, str]) -> None:
         message.meta["campaign"] = message.sender = Pool.VIP
 
-    rebind.connect(move, weak=False)
+    rebind.connect(move)
     queues.load([message()])
     trigger(queues)
     ((row,), (record,)) = stored(url), logged(url)
@@ -234,15 +174,6 @@ def test_a_handler_may_set_a_string_of_a_class_of_its_own(queues: QueueRegistry,
             {"campaign": "vip.example"},
             "vip.example",
         )
-
-
-def test_each_message_comes_once(queues: QueueRegistry) -> None:
-    ids: list[str] = []
-    rebind.connect(lambda message, data: ids.append(message.id), weak=False)
-    new = [message(meta={"tenant": str(n % 3)}, due=float(100 - n)) for n in range(20)]
-    queues.load(new)
-    trigger(queues)
-    assert sorted(ids) == sorted(each.id for each in new)
 
 
 def test_a_handler_that_raises_is_named_and_changes_nothing(queues: QueueRegistry, url: str) -> None:
@@ -256,14 +187,15 @@ def test_a_handler_that_raises_is_named_and_changes_nothing(queues: QueueRegistr
         if message.id == failing:
             raise RuntimeError("no luck")
 
-    handlers = [rebind.connect(do("pass")), rebind.connect(unlucky)]
-    with pytest.raises(HandlerFailed) as failure:
-        trigger(queues)
     name = "test_event.test_a_handler_that_raises_is_named_and_changes_nothing.<locals>.unlucky"
-    assert str(failure.value) == f"the handler {name} failed for message {failing}: RuntimeError: no luck"
-    assert (stored(url), logged(url)) == (before, [])
-    rebind.disconnect(handlers[1])
-    assert trigger(queues).matched == len(new)
+    failures = []
+    for dry_run in (True, False):
+        with connected_to(do("pass"), unlucky), pytest.raises(HandlerFailed) as failure:
+            ask(queues, trigger_rebind_event=True, dry_run=dry_run)
+        failures.append(failure)  # their tracebacks hold whatever was open, which must not hinder the next rebind
+        assert str(failure.value) == f"the handler {name} failed for message {failing}: RuntimeError: no luck"
+        assert (stored(url), logged(url)) == (before, [])
+    assert ask(queues, {"queue": "q"}).moved == len(new)
 
 
 class Callee:
@@ -279,7 +211,7 @@ class Callee:
     "handler", [Callee(), Callee().method, partial(Callee().method)], ids=["an object", "a method", "a partial"]
 )
 def test_a_handler_that_is_not_a_plain_function_is_named(queues: QueueRegistry, handler: Handler) -> None:
-    rebind.connect(handler, weak=False)
+    rebind.connect(handler)
     new = message()
     queues.load([new])
     with pytest.raises(HandlerFailed, match=rf"Callee.* failed for message {new.id}: RuntimeError: no luck"):
@@ -290,52 +222,36 @@ def test_a_handler_that_is_not_a_plain_function_is_named(queues: QueueRegistry, 
 @pytest.mark.parametrize(
     "statement",
     [
-        "message.meta['a'] = {1, 2}",
         "message.meta['a'] = (1, 2)",
-        "message.meta['a'] = b'bytes'",
         "message.meta['a'] = object()",
         "message.meta['a'] = float('nan')",
         "message.meta['a'] = [{'b': float('inf')}]",
         "message.meta['a'] = 'a\\0b'",
         "message.meta['a\\0'] = 'b'",
         "message.meta['a'] = 'a\\ud800b'",
-        "message.meta['\\udfff'] = 'b'",
         "message.meta[1] = 'b'",
-        "message.meta[None] = 'b'",
         "message.meta['a'] = {1: 'b'}",
         "message.meta['a'] = message.meta",
         "message.meta['a'] = 10 ** 5000",
         "message.meta = None",
-        "message.meta = []",
-        "message.meta = 'a'",
         "message.meta = [('a', 'b')]",
         "message.recipient = 'ada'",
-        "message.recipient = 'ada@'",
-        "message.recipient = '@example.com'",
-        "message.recipient = ''",
         "message.recipient = None",
         "message.recipient = []",
-        "message.recipient = ['ada@example.com', 'bob']",
         "message.recipient = ['ada@example.com', None]",
         "message.recipient = ('ada@example.com',)",
-        "message.recipient = 'ada@exam\\0ple.com'",
-        "message.recipient = 'ada\\ud800@example.com'",
         "message.sender = None",
-        "message.sender = 1",
-        "message.sender = b'ada@example.com'",
         "message.sender = 'a\\0b'",
-        "message.sender = 'a\\udc00b'",
         "del message.sender",
         "message.id = 'x'\nraise RuntimeError",
         "raise RecursionError",
-        "raise MemoryError",
         "raise SystemExit",
-        "message.no_such_field",
     ],
 )
 def test_a_message_that_cannot_be_kept_is_the_handlers_failure(queues: QueueRegistry, url: str, statement: str) -> None:
-    handlers = [rebind.connect(do("message.meta['queue'] = 'q'")), rebind.connect(do(statement))]
-    handlers.append(rebind.connect(do("raise RuntimeError('this one must not be called')")))
+    rebind.connect(do("message.meta['queue'] = 'q'"))
+    rebind.connect(do(statement))
+    rebind.connect(do("raise RuntimeError('this one must not be called')"))
     new = message()
     queues.load([new])
     failed = f"^the handler test_event.do.<locals>.handler failed for message {new.id}: (?!.*must not be called)"
@@ -343,15 +259,7 @@ def test_a_message_that_cannot_be_kept_is_the_handlers_failure(queues: QueueRegi
         trigger(queues)
 
 
-class Unusual(BaseException):
-    """What a handler's library may raise, and is not an Exception."""
-
-
-@pytest.mark.parametrize(
-    "raised",
-    [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, Unusual],
-    ids=lambda each: each.__name__,
-)
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, GeneratorExit, BaseException])
 def test_whatever_a_handler_raises_in_a_thread_of_the_server_is_its_failure(
     queues: QueueRegistry, url: str, raised: type[BaseException]
 ) -> None:
@@ -373,16 +281,7 @@ def test_ctrl_c_ends_a_command_while_its_handler_runs(queues: QueueRegistry, url
     handler = rebind.connect(do("message.meta['queue'] = 'q'; raise KeyboardInterrupt"))
     with nothing_changes(url), pytest.raises(KeyboardInterrupt):
         trigger(queues)
-    assert rebind.handlers() == [handler]
-
-
-@pytest.mark.sqlite
-def test_a_handler_that_did_not_touch_the_recipient_is_not_blamed_for_it(queues: QueueRegistry, url: str) -> None:
-    """A sender may write one without a domain: RFC 5321, section 4.5.1."""
-    queues.load([message("Postmaster", domain="example.com")])
-    with rebind.connected_to(do("message.meta['queue'] = 'q'")):
-        assert trigger(queues).moved == 1
-    assert [(row["recipient"], row["queue"]) for row in stored(url)] == [("Postmaster", "q")]
+    assert rebind.handlers == [handler]
 
 
 def test_a_policy_and_its_handlers_stay(tmp_path: Path) -> None:
@@ -390,25 +289,14 @@ def test_a_policy_and_its_handlers_stay(tmp_path: Path) -> None:
     file.write_text("from event import rebind\n\n@rebind.connect\ndef handler(message, data):\n    pass\n")
     event.load_policy(str(file))
     gc.collect()
-    assert [(handler.__module__, handler.__qualname__) for handler in rebind.handlers()] == [
-        ("rebind_policy", "handler")
-    ]
+    assert [(handler.__module__, handler.__qualname__) for handler in rebind.handlers] == [("rebind_policy", "handler")]
 
 
 def test_a_policy_may_be_named_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "site.py").write_text("from event import rebind\nrebind.connect(print, weak=False)\n")
+    (tmp_path / "site.py").write_text("from event import rebind\nrebind.connect(print)\n")
     monkeypatch.chdir(tmp_path)
     event.load_policy("site.py")
-    assert rebind.handlers() == [print]
-
-
-@pytest.mark.sqlite
-def test_a_policys_handlers_are_those_that_a_rebind_calls(queues: QueueRegistry, url: str) -> None:
-    event.load_policy(SITE_POLICY)
-    queues.load([message()])
-    trigger(queues, queue="vip", sign="me")
-    (row,) = stored(url)
-    assert (row["queue"], row["meta"]) == ("vip", {"queue": "vip", "signed": {"by": ["policy", "me"], "times": 1}})
+    assert rebind.handlers == [print]
 
 
 @pytest.mark.parametrize(
@@ -442,8 +330,8 @@ def test_a_policy_that_is_not_a_python_file_is_refused(tmp_path: Path, name: str
 def test_a_change_that_another_handler_takes_back_is_not_a_change(queues: QueueRegistry, url: str) -> None:
     queues.load([message("ada@a.example")])
     run_sql(url, "UPDATE messages SET domain = 'relay.example:2525', queue = 'relay.example:2525'")
-    handlers = [rebind.connect(do("message.recipient = message.recipient.replace('a.example', 'sink.example')"))]
-    handlers.append(rebind.connect(do("message.recipient = message.recipient.replace('sink.example', 'a.example')")))
+    rebind.connect(do("message.recipient = message.recipient.replace('a.example', 'sink.example')"))
+    rebind.connect(do("message.recipient = message.recipient.replace('sink.example', 'a.example')"))
     before = stored(url)
     assert counts(trigger(queues)) == (1, 0, 0)
     assert stored(url) == before

@@ -1,16 +1,18 @@
 """Rebinds while senders add messages and delivery workers take them away: exactly once, on both engines."""
 
+import asyncio
 import json
+import os
 import random
-import re
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPConnection
 from itertools import chain, count
 from typing import Any
@@ -18,18 +20,19 @@ from urllib.parse import urlencode
 
 import pytest
 import requests
-from answers import done, is_unavailable
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, Envelope, Session
 from databases import contents, engine_for, history, locked, logged, names, run_sql, stored
-from factories import ask, counts, message
-from services import PATH, ROOT, SITE_POLICY, Service, Start
+from factories import ask, connected_to, counts, message, set_data, undo
+from services import PATH, ROOT, SITE_POLICY, Service, Start, free_port
 from sqlalchemy import Connection, text
 from waiting import until
 
-from delivery import claim, postponed
-from event import rebind
+from delivery import Outcome, claim, settle
 from message import Message
 from moving import BATCH
 from queues import QueueRegistry
+from rebinding import RebindResult
 
 SECONDS = 10
 SEED = 7
@@ -74,35 +77,29 @@ def test_the_ledger_is_exact_while_messages_come_and_go_and_operators_retry_and_
     assert Counter(sent_1 + sent_2) == Counter(ids), "none is lost, none is doubled"
 
     rows = history(url)
+    columns = {"Id": "rebind_id", "Matched": "matched", "Moved": "moved", "Flushed": "flushed", "Left": "left_alone"}
     answers = {
-        row["idempotency_key"]: {
-            "Id": row["rebind_id"],
-            "Matched": f"{row['matched']}",
-            "Moved": f"{row['moved']}",
-            "Flushed": f"{row['flushed']}",
-        }
-        | ({} if row["left_alone"] is None else {"Left": f"{row['left_alone']}"})
+        row["idempotency_key"]: {name: f"{row[of]}" for name, of in columns.items() if row[of] is not None}
         for row in rows
     }
     assert (len(rows), answers) == (len(asked), {each.key: each.answer for each in asked}), "each key has one row"
 
-    ledger = Ledger(set(left))
     records = defaultdict(list)
     for record in logged(url):
         if record["type"] == "AdminRebind":
             records[record["rebind_id"]].append(record)
     of_id = {each.id: each for each in asked}
+    last: dict[str, dict[str, Any]] = {}
     for row in rows:
-        ledger.enter(of_id[row["rebind_id"]], records.pop(row["rebind_id"], []))
+        enter(last, of_id[row["rebind_id"]], records.pop(row["rebind_id"], []))
     assert not records
-    ends = taken | {id: row["meta"] for id, row in left.items()}
-    assert ends == {id: ledger.metas[id] for id in ends}
-    assert {id: row["queue"] for id, row in left.items() if id in ledger.queues} == {
-        id: queue for id, queue in ledger.queues.items() if id in left
+    assert {id: (row["queue"], row["meta"]) for id, row in left.items() if id in last} == {
+        id: (record["queue"], record["meta"]) for id, record in last.items() if id in left
     }
+    assert taken == {id: last[id]["meta"] if id in last else {} for id in taken}
     undone = [each for each in asked if "undo" in each.query and each.matched]
     handled = sum(each.matched for each in asked)
-    print(f"{len(ends)} messages in, {len(taken)} taken away, {len(asked)} rebinds of {handled}, {len(undone)} undos")
+    print(f"{len(ids)} messages in, {len(taken)} taken away, {len(asked)} rebinds of {handled}, {len(undone)} undos")
     assert undone
 
 
@@ -153,60 +150,68 @@ def ask_until_answered(hosts: list[Service], dice: random.Random, path: str, bod
     return answers[0]
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one rebind made of one message."""
+def enter(last: dict[str, dict[str, Any]], asked: Asked, records: list[dict[str, Any]]) -> None:
+    """Enter the next rebind: each record continues where its message's last one ended, as nothing else renames queues.
 
-    before: dict[str, Any]
-    """The metadata before it."""
-    changed: set[str]
-    """The keys that it set, removed or, by the event, changed."""
-    queue: str
-    """Where it left the message."""
+    last: the last record of each message. What an undo gives back is tested in test_model.py.
+    """
+    assert len({record["id"] for record in records}) == len(records) == asked.matched, "one record each"
+    change = {"queue": asked.data["queue"], asked.data["mark"]: "by the event"} if asked.event else asked.data
+    for record in records:
+        before = last.get(record["id"], {"queue": record["old_queue"], "meta": {}})
+        assert record["old_queue"] == before["queue"]
+        if "undo" not in asked.query:
+            assert record["meta"] == before["meta"] | change
+        last[record["id"]] = record
 
 
-class Ledger:
-    """What the messages must be after one rebind after the other, as the records tell. Nothing else renames queues."""
+class SlowPeer:
+    """An SMTP server that takes each mail only after three more rebinds."""
 
-    def __init__(self, left: set[str]) -> None:
-        self.metas: dict[str, dict[str, Any]] = defaultdict(dict)
-        self.queues: dict[str, str] = {}
-        self._left = left
-        """The messages that are there until the end."""
-        self._steps: dict[str, dict[str, Step]] = {}
+    def __init__(self) -> None:
+        self.rebinds = self.waiting = 0
+        self.served: list[str] = []
 
-    def enter(self, asked: Asked, records: list[dict[str, Any]]) -> None:
-        """Enter the next rebind, and its records."""
-        ids = {record["id"] for record in records}
-        assert len(ids) == len(records) == asked.matched, "one record each"
-        if "undo" in asked.query and "limit" not in asked.query:
-            self._check_selection(self._steps[asked.query["undo"]], ids)
-        steps = self._steps[asked.id] = {}
-        for record in records:
-            id, before = record["id"], self.metas[record["id"]]
-            assert record["old_queue"] == self.queues.get(id, record["old_queue"])
-            if "undo" in asked.query:
-                after = self._undone(id, self._steps[asked.query["undo"]][id])
-            elif asked.event:
-                after = before | {"queue": asked.data["queue"], asked.data["mark"]: "by the event"}
+    async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:
+        until_then = self.rebinds + 3
+        self.waiting += 1
+        while self.rebinds < until_then:
+            await asyncio.sleep(0.01)
+        self.waiting -= 1
+        self.served += envelope.rcpt_tos
+        return "250 OK"
+
+
+@pytest.mark.slow
+def test_a_message_that_a_worker_holds_is_delivered_by_no_other_whatever_rebinds_and_undos_do(
+    queues: QueueRegistry, url: str
+) -> None:
+    """docs/contract.md, "Delivery workers". Four of the example's workers; the rebinds go on until all is delivered."""
+    recipients = [[f"a{n}@x.example", f"b{n}@x.example"] for n in range(24)]
+    queues.load([message(each, meta={"queue": "q0.example"}) for each in recipients])
+    peer, port, dice = SlowPeer(), free_port(), random.Random(SEED)
+    server = Controller(peer, hostname="127.0.0.1", port=port)
+    server.start()
+    routes = [f"--route=q{n}.example=127.0.0.1:{port}" for n in range(3)]
+    command = [sys.executable, "examples/deliver.py", *routes]
+    environment = os.environ | {"REBIND_DATABASE_URL": url}
+    workers = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(4)]
+    rebinds = [ask(queues)]
+    try:
+        while stored(url):
+            until(lambda: peer.waiting > 0 or stored(url) == [])
+            flush = dice.random() < 0.5
+            if dice.random() < 0.3:
+                rebinds.append(undo(queues, dice.choice(rebinds), always_flush=flush))
             else:
-                after = before | asked.data
-            assert record["meta"] == after
-            changed = {key for key in before | after if before.get(key) != after.get(key)}
-            steps[id] = Step(before, changed | (set() if asked.event else asked.data.keys()), record["queue"])
-            self.metas[id], self.queues[id] = after, record["queue"]
-
-    def _undone(self, id: str, step: Step) -> dict[str, Any]:
-        """The metadata of a message that gets back what a rebind changed."""
-        kept = {key: value for key, value in self.metas[id].items() if key not in step.changed}
-        return kept | {key: value for key, value in step.before.items() if key in step.changed}
-
-    def _check_selection(self, first: dict[str, Step], ids: set[str]) -> None:
-        """Which messages an undo handles: those in place, if there is anything to give back."""
-        in_place = {id for id, step in first.items() if step.queue == self.queues[id]}
-        assert ids <= in_place
-        changing = {id for id in in_place if self._undone(id, first[id]) != self.metas[id]}
-        assert ids & self._left == changing & self._left
+                rebinds.append(ask(queues, {"queue": f"q{dice.randrange(3)}.example"}, always_flush=flush))
+            peer.rebinds += 1
+    finally:
+        for worker in workers:
+            worker.terminate()
+        server.stop()
+    assert [worker.wait(60) for worker in workers] == [0] * 4
+    assert Counter(peer.served) == Counter(chain(*recipients)), "each was served once"
 
 
 @dataclass(frozen=True)
@@ -241,33 +246,43 @@ def not_locked(db: Connection) -> list[str]:
     return list(db.scalars(text("SELECT id FROM messages FOR UPDATE SKIP LOCKED")))
 
 
+@pytest.fixture
+def rebinding(queues: QueueRegistry) -> Iterator[Callable[..., Future[RebindResult]]]:
+    """Start a rebind; the event's handler does what a rebind without the event does."""
+    with ThreadPoolExecutor(1) as pool, connected_to(set_data):
+        yield partial(pool.submit, ask, queues)
+
+
+Rebinding = Callable[..., Future[RebindResult]]
+
+
 @pytest.mark.postgresql
 def test_a_rebind_does_not_keep_workers_from_what_it_does_not_match(
-    service: Service, queues: QueueRegistry, url: str
+    rebinding: Rebinding, queues: QueueRegistry, url: str
 ) -> None:
     matched = [message("a@matched.example") for _ in range(3)]
     queues.load([*matched, message("a@other.example", id="free")])
-    with ThreadPoolExecutor() as pool, holding(url, matched[-1].id) as holder:
-        answer = pool.submit(service.rebind, domain="matched.example", data={"queue": "new"})
+    with holding(url, matched[-1].id) as holder:
+        rebound = rebinding({"queue": "new"}, domain="matched.example")
         until(lambda: len(holder.waiting()) == 1)
         assert [each.id for each in claim(10, lease=60)] == ["free"], "what the rebind holds is passed over"
-    assert done(answer.result()) == (3, 3, 3)
+    assert counts(rebound.result()) == (3, 3, 3)
     assert {row["id"] for row in stored(url) if row["queue"] == "new"} == {each.id for each in matched}
 
 
 @pytest.mark.postgresql
 @pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 def test_a_rebind_does_not_keep_senders_from_adding_contents(
-    service: Service, queues: QueueRegistry, url: str, event: bool
+    rebinding: Rebinding, queues: QueueRegistry, url: str, event: bool
 ) -> None:
     """A content refers to its message, whose key no rebind changes."""
     queues.load([message(id="first", due=1.0), message(id="last", due=2.0)])
     run_sql(url, "DELETE FROM contents")
-    with ThreadPoolExecutor() as pool, holding(url, "last") as holder:
-        answer = pool.submit(service.rebind, "?limit=2", data={"queue": "new"}, trigger_rebind_event=event)
+    with holding(url, "last") as holder:
+        rebound = rebinding({"queue": "new"}, limit=2, trigger_rebind_event=event)
         until(lambda: len(holder.waiting()) == 1)
         run_sql(url, "INSERT INTO contents VALUES ('first', 'Hello')")
-    assert done(answer.result()) == (2, 2, 2)
+    assert counts(rebound.result()) == (2, 2, 2)
     assert contents(url) == {"first": b"Hello"}
 
 
@@ -276,47 +291,31 @@ def test_a_worker_that_waits_for_a_rebind_finds_what_the_rebind_did(queues: Queu
     queues.load([message(id="m")])
     (claimed,) = claim(1, lease=60)
     with ThreadPoolExecutor() as pool, holding(url, "m") as holder:
-        settled = pool.submit(postponed, claimed, 4e9, {})
+        written = pool.submit(settle, claimed, [Outcome("TransientFailure", ["ada@example.com"], {})], 4e9)
         until(lambda: len(holder.waiting()) == 1)
         holder.db.execute(text("UPDATE messages SET queue = 'new', due = 1"))
         holder.db.commit()
-        assert settled.result()
+        assert written.result()
     assert [(row["queue"], row["due"], row["num_attempts"]) for row in stored(url)] == [("new", 1, 1)]
 
 
 @pytest.mark.postgresql
 @pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
-def test_a_connection_that_is_cut_in_the_middle_of_a_rebind_leaves_nothing_changed(
-    service: Service, queues: QueueRegistry, url: str, event: bool
-) -> None:
-    queues.load([message() for _ in range(3)])
-    before = stored(url)
-    with ThreadPoolExecutor() as pool, holding(url, last_stored(url)) as holder:
-        answer = pool.submit(service.rebind, data={"queue": "new"}, trigger_rebind_event=event)
-        until(lambda: len(holder.waiting()) == 1)
-        run_sql(url, f"SELECT pg_terminate_backend({holder.waiting()[0]})")
-        assert is_unavailable(answer.result(), re.compile("the database .+"))
-    assert (stored(url), logged(url)) == (before, [])
-    assert done(service.rebind(data={"queue": "new"})) == (3, 3, 3)
-
-
-@pytest.mark.postgresql
-@pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 def test_a_deadlock_with_a_worker_does_not_reach_the_client(
-    service: Service, queues: QueueRegistry, url: str, event: bool
+    rebinding: Rebinding, queues: QueueRegistry, url: str, event: bool
 ) -> None:
     queues.load([message() for _ in range(2)])
     last = last_stored(url)
     (first,) = {row["id"] for row in stored(url)} - {last}
-    with ThreadPoolExecutor() as pool, holding(url, last) as holder:
-        answer = pool.submit(service.rebind, data={"queue": "new"}, trigger_rebind_event=event)
+    with holding(url, last) as holder:
+        rebound = rebinding({"queue": "new"}, trigger_rebind_event=event)
         until(lambda: len(holder.waiting()) == 1)
         # The rebind holds the first and waits for the last; now this worker waits for the first. It waits longer than
         # the rebind before it looks for a deadlock, so that the rebind is the one that is ended.
         holder.db.execute(text("SET LOCAL deadlock_timeout = '30s'"))
         holder.db.execute(text("UPDATE messages SET num_attempts = 9 WHERE id = :id"), {"id": first})
         holder.db.commit()
-        assert done(answer.result()) == (2, 2, 2)
+        assert counts(rebound.result()) == (2, 2, 2)
     assert {row["id"]: (row["queue"], row["num_attempts"]) for row in stored(url)} == {
         first: ("new", 9),
         last: ("new", 0),
@@ -343,23 +342,10 @@ def test_the_event_finds_each_message_as_a_worker_left_it(queues: QueueRegistry,
                 db.execute(text("DELETE FROM messages WHERE id = :id"), {"id": gone})
                 db.execute(text("UPDATE messages SET num_attempts = 7 WHERE id = :id"), {"id": tried})
 
-    rebind.connect(work, weak=False)
-    result = ask(queues, domain="example.com", trigger_rebind_event=True)
+    with connected_to(work):
+        result = ask(queues, domain="example.com", trigger_rebind_event=True)
     assert counts(result) == (len(new) - 1,) * 3
     left = {each.id for each in new} - {gone}
     assert {row["id"] for row in stored(url)} == {row["id"] for row in logged(url)} == left
     assert {row["id"] for row in stored(url) if row["num_attempts"] == 7} == {tried}
     assert set(names(url)) == {"new"}
-
-
-CUT_ALL = (
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-    "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-)
-
-
-@pytest.mark.postgresql
-def test_a_connection_that_was_cut_while_nobody_used_it_is_replaced(queues: QueueRegistry, url: str) -> None:
-    queues.load([message()])
-    run_sql(url, CUT_ALL)
-    assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)

@@ -12,18 +12,17 @@ from typing import Any
 
 import pytest
 from databases import empty, history, in_order, stored
-from factories import message
+from factories import connected_to, message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, update
 
 import tables
-from event import rebind
 from history import KeyReused, NothingToUndo, UnknownRebind
 from message import Message, NewMessage
 from names import Criteria
 from queues import QueueRegistry
-from rebinding import RebindRequest, RebindResult
+from rebinding import Plan, RebindRequest, RebindResult
 
 NAMING = ("queue", "campaign", "tenant", "routing_domain")
 TEXTS = ("a", "b", "A", "", "a:b", "a@b", "b!a", "é", "null", "x.example", 'q"\\')
@@ -46,64 +45,81 @@ class Model:
         """Do what is asked. rebind_id, now: what the registry chose."""
         if request.idempotency_key in self.answers and not request.dry_run:
             first, answer = self.answers[request.idempotency_key]
-            if first != request:
+            if first != replace(request, actor=first.actor):
                 raise KeyReused
             return answer
-        found, left = self.found(request)
+        found, left = self.found(request, now)
         found = [each for each in found if matches(request.criteria, each[0]["queue"])]
         found.sort(key=lambda pair: (pair[0]["due"], pair[0]["id"].encode()))
         found = found[: request.limit]
         moves = Counter((row["queue"], new["queue"]) for row, new in found)
         moved = sum(number for (old, new), number in moves.items() if old != new)
-        counts = (len(found), moved, len(found) if request.always_flush else moved)
+        flushed = len(found) if request.always_flush else 0 if request.undo else moved
+        counts = (len(found), moved, flushed)
         if request.dry_run:
-            plan = (len(found), moved, [(*queues, number) for queues, number in moves.items()], 0)
-            return RebindResult(*counts, left, plan=plan)  # type: ignore[arg-type]
+            plan = Plan.of(moves)
+            return RebindResult(*counts, left, plan=plan)
         for row, new in sorted(found, key=lambda pair: (len(pair[0]["id"]), pair[0]["id"])):
+            before = copy.deepcopy(row)
+            row |= new
+            if request.always_flush or (row["queue"] != before["queue"] and request.undo is None):
+                row["due"] = now
             if not request.suppress_logging:
-                before = copy.deepcopy(row)
-                keys = self.changed_keys(request, before, new)
-                self.records.append(
-                    {"of": request, "rebind_id": rebind_id, "before": before, "after": new, "keys": keys}
-                )
-            row |= new | ({"due": now} if request.always_flush or row["queue"] != new["queue"] else {})
+                after = copy.deepcopy(row)
+                self.records.append({"of": request, "rebind_id": rebind_id, "before": before, "after": after})
         self.history.append({"request": request, "rebind_id": rebind_id, "counts": (*counts, left)})
         answer = RebindResult(*counts, left, rebind_id)
         if request.idempotency_key:
             self.answers[request.idempotency_key] = request, answer
         return answer
 
-    def found(self, request: RebindRequest) -> tuple[list[tuple[Row, Row]], int | None]:
+    def found(self, request: RebindRequest, now: float) -> tuple[list[tuple[Row, Row]], int | None]:
         """The messages that would be handled if there were neither criteria nor a limit, each with what it becomes."""
         if request.undo is not None:
-            return self.found_by_undo(request.undo)
+            return self.found_by_undo(request, now)
         found = [(row, became(row, request)) for row in self.rows]
         if request.limit and not request.trigger_rebind_event and {*request.data, *request.unset} & {*NAMING}:
             found = [(row, new) for row, new in found if row["queue"] != new["queue"]]
         return found, None
 
-    def changed_keys(self, request: RebindRequest, before: Row, after: Row) -> set[str]:
-        """What an undo of this would restore of the metadata."""
-        if request.undo is not None:
-            undone = (each for each in self.records if each["rebind_id"] == request.undo)
-            return next(set(each["keys"]) for each in undone if each["before"]["id"] == before["id"])
-        if not request.trigger_rebind_event:
-            return {*request.data, *request.unset}
-        keys = {*before["meta"], *after["meta"]}
-        return {key for key in keys if as_json(before["meta"].get(key, ...)) != as_json(after["meta"].get(key, ...))}
-
-    def found_by_undo(self, rebind_id: str) -> tuple[list[tuple[Row, Row]], int]:
-        if rebind_id not in [row["rebind_id"] for row in self.history]:
+    def found_by_undo(self, request: RebindRequest, now: float) -> tuple[list[tuple[Row, Row]], int]:
+        if request.undo not in [row["rebind_id"] for row in self.history]:
             raise UnknownRebind
-        records = [record for record in self.records if record["rebind_id"] == rebind_id]
-        if not records:
+        (first,) = [row for row in self.history if row["rebind_id"] == request.undo]
+        records = [record for record in self.records if record["rebind_id"] == request.undo]
+        if first["request"].suppress_logging or len(records) != first["counts"][0]:
             raise NothingToUndo
         there = {row["id"]: row for row in self.rows}
-        pairs = [(there.get(each["before"]["id"]), each) for each in records]
-        in_place = [(row, each) for row, each in pairs if row and row["queue"] == each["after"]["queue"]]
-        found = [(row, restored(row, each)) for row, each in in_place]
-        changed = [(row, new) for row, new in found if as_json(row) != as_json(row | new)]
-        return changed, len(records) - len(in_place)
+        found, left = [], 0
+        for record in records:
+            row, before, after = there.get(record["before"]["id"]), record["before"], record["after"]
+            stays = as_json({key: before[key] for key in KEPT}) == as_json({key: after[key] for key in KEPT})
+            if stays and (before["due"] == after["due"] or request.always_flush):
+                continue  # the rebind did not change it
+            if row and is_as_left(row, before, after, now) and (not stays or row["due"] == after["due"]):
+                found.append((row, restored(row, before, after)))
+            elif not (row and is_back(row, before, after) and (not stays or row["due"] == before["due"])):
+                left += 1
+        return found, left
+
+
+KEPT = ("queue", "meta", "sender", "recipient")
+
+
+def envelope_of(before: Row, after: Row) -> list[str]:
+    """What the event changed of the envelope."""
+    return [name for name in ("sender", "recipient") if before[name] != after[name]]
+
+
+def is_as_left(row: Row, before: Row, after: Row, now: float) -> bool:
+    same = ["queue", "meta", *(changed := envelope_of(before, after))]
+    untouched = row["num_attempts"] == before["num_attempts"] and row["leased_until"] <= now
+    return (untouched or not changed) and as_json([row[key] for key in same]) == as_json([after[key] for key in same])
+
+
+def is_back(row: Row, before: Row, after: Row) -> bool:
+    same = ["queue", "meta", *envelope_of(before, after)]
+    return as_json([row[key] for key in same]) == as_json([before[key] for key in same])
 
 
 def became(row: Row, request: RebindRequest) -> Row:
@@ -117,13 +133,13 @@ def became(row: Row, request: RebindRequest) -> Row:
     return named(row, vars(handled))
 
 
-def restored(row: Row, record: Row) -> Row:
-    """What an undo makes of a message, by its record of the rebind that is taken back."""
-    before, after, keys = record["before"], record["after"], record["keys"]
-    meta = {key: value for key, value in row["meta"].items() if key not in keys}
-    meta |= {key: value for key, value in before["meta"].items() if key in keys}
-    envelope = {n: before[n] if row[n] == after[n] else row[n] for n in ("sender", "recipient")}
-    return named(row, {"meta": meta} | envelope)
+def restored(row: Row, before: Row, after: Row) -> Row:
+    """What an undo makes of a message that is as the rebind left it."""
+    changed = envelope_of(before, after)
+    domain = before["domain"] if "recipient" in changed else row["domain"]
+    due = before["due"] if row["num_attempts"] == before["num_attempts"] else row["due"]
+    had = {name: before[name] for name in ("queue", "meta", *changed)}
+    return copy.deepcopy(had) | {"domain": domain, "due": due}
 
 
 def named(row: Row, new: Row) -> Row:
@@ -231,7 +247,7 @@ steps = st.one_of(
     st.tuples(st.just("ask"), by_data | by_event),
     st.tuples(st.just("undo"), st.builds(RebindRequest, data=st.just({}), undo=places.map(str), **common)),
     st.tuples(st.just("undo"), st.builds(RebindRequest, data=st.just({}), undo=places.map(str), **common)),
-    st.tuples(st.sampled_from(["again", "deliver to one", "deliver"]), places),
+    st.tuples(st.sampled_from(["again", "deliver to one", "deliver", "postpone", "hold"]), places),
 )
 sessions = st.lists(steps, min_size=3, max_size=8)
 
@@ -272,10 +288,10 @@ def compare(url: str, registry: QueueRegistry, new: list[NewMessage], session: l
     assert stored(url) == model.rows
     assert all(start <= row["created"] <= time.time() for row in model.rows)
     asked: list[RebindRequest] = []
-    with rebind.connected_to(obey):
+    with connected_to(obey):
         for step, what in session:
-            if step in ("deliver", "deliver to one") and model.rows:
-                deliver(registry, model, what % len(model.rows), to_one=step == "deliver to one")
+            if step in ("deliver", "deliver to one", "postpone", "hold") and model.rows:
+                work(registry, model, what % len(model.rows), step)
             elif step == "again" and asked:
                 same(url, registry, model, asked[what % len(asked)])
             elif step in ("ask", "undo"):
@@ -312,8 +328,7 @@ def answer(call: Callable[[], RebindResult]) -> Any:
         return type(error)
     if result.plan is None:
         return result
-    matched, moved, moves, more = result.plan
-    return replace(result, plan=None), matched, moved, sorted(map(tuple, moves)), more
+    return replace(result, plan=None), replace(result.plan, moves=sorted(result.plan.moves))
 
 
 def in_log(record: Row) -> Row:
@@ -330,19 +345,23 @@ def in_log(record: Row) -> Row:
     }
 
 
-def deliver(registry: QueueRegistry, model: Model, place: int, to_one: bool) -> None:
-    """A worker removes a message, or its first recipient if there are several."""
+def work(registry: QueueRegistry, model: Model, place: int, what: str) -> None:
+    """A worker delivers a message, or to its first recipient if there are several, puts it off, or claims it."""
     row = model.rows[place]
     this = tables.messages.c.id == row["id"]
-    if to_one and isinstance(row["recipient"], list):
-        left = row["recipient"][1:]
-        row |= {"recipient": left if len(left) > 1 else left[0], "domain": domain_of(left)}
-        change: Any = update(tables.messages).values(recipient=row["recipient"], domain=row["domain"])
-    else:
-        del model.rows[place]
-        change = delete(tables.messages)
     with registry.database.begin_write() as db:
-        db.execute(change.where(this))
+        if what == "deliver" or (what == "deliver to one" and isinstance(row["recipient"], str)):
+            del model.rows[place]
+            db.execute(delete(tables.messages).where(this))
+            return
+        changes: Row = {"leased_until": 9e9}
+        if what == "postpone":
+            changes = {"leased_until": 0.0, "due": 5e9, "num_attempts": row["num_attempts"] + 1}
+        elif what == "deliver to one":
+            left = row["recipient"][1:]
+            changes = {"recipient": left if len(left) > 1 else left[0], "domain": domain_of(left)}
+        row |= changes
+        db.execute(update(tables.messages).where(this).values(changes))
 
 
 def as_loaded(new: NewMessage, row: Row) -> Row:
@@ -352,4 +371,4 @@ def as_loaded(new: NewMessage, row: Row) -> Row:
     fields = {key: getattr(new, key) for key in ("id", "sender", "due", "num_attempts")}
     named = {"recipient": recipient, "domain": domain, "queue": name(new.meta, domain), "size": len(new.content)}
     meta = json.loads(json.dumps(new.meta))  # an example may have the same list at two keys
-    return fields | named | {"meta": meta, "created": row["created"]}
+    return fields | named | {"meta": meta, "created": row["created"], "leased_until": 0.0}

@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answers import done
 from databases import engine_for, logged, run_sql, stored
-from factories import ask, counts, message, set_data
-from services import Service
+from factories import ask, connected_to, counts, message, set_data
 from sqlalchemy import inspect, make_url, text
-from terminal import Flask
 from waiting import until
 
 import postgresql
-from event import HandlerFailed, rebind
-from moving import MANY
+from event import HandlerFailed
 from queues import QueueRegistry
+from sqlite import MANY
 from store import StoreRefused
 
 OLDER = pytest.param("older PostgreSQL", marks=pytest.mark.postgresql)
@@ -58,7 +55,7 @@ def test_most_messages_and_a_few_are_changed_alike_in_every_way(
     others = [message("ada@other.example") for _ in range(bystanders)]
     metas = [{"campaign": "a"}, {"campaign": "b"}, {"queue": "pinned@a.example"}, {}]
     queues.load(others[::2] + [message("ada@a.example", meta=meta) for meta in metas] + others[1::2])
-    with rebind.connected_to(set_data):
+    with connected_to(set_data):
         result = ask(queues, data, domain="a.example", always_flush=flush, trigger_rebind_event=way == "event")
 
     old = ["a:@a.example", "b:@a.example", "pinned@a.example", "a.example"]
@@ -108,7 +105,7 @@ def test_the_indexes_are_the_same_after_most_messages_moved_and_after_that_faile
 ) -> None:
     queues.load([message("ada@a.example") for _ in range(20)])
     before = indexes(url)
-    with rebind.connected_to(set_data):
+    with connected_to(set_data):
         with pytest.raises((StoreRefused, HandlerFailed)):
             ask(queues, {"queue": "b" * 2001}, trigger_rebind_event=event)
         assert indexes(url) == before
@@ -154,7 +151,7 @@ def test_a_sites_own_trigger_on_messages_causes_no_record(queues: QueueRegistry,
     queues.load([message() for _ in range(3)])
     count_tries = "UPDATE messages SET num_attempts = num_attempts + 1 WHERE id = new.id"
     run_sql(url, f"CREATE TRIGGER tried AFTER UPDATE OF queue ON messages BEGIN {count_tries}; END")
-    with rebind.connected_to(set_data):
+    with connected_to(set_data):
         assert counts(ask(queues, {"queue": "b"}, trigger_rebind_event=event)) == (3, 3, 3)
     assert [row["num_attempts"] for row in stored(url)] == [1] * 3
     assert len(logged(url)) == 3
@@ -167,25 +164,11 @@ def in_file(url: str) -> list[str]:
 
 
 @pytest.mark.sqlite
-def test_the_answer_comes_before_the_checkpoint(queues: QueueRegistry, url: str) -> None:
-    large = {"large": "x" * 10_000}  # more than SQLite leaves in the -wal
-    queues.load([message(meta=large) for _ in range(MANY)])
-    result = ask(queues, {"queue": "q"})
-    assert in_file(url) == ["example.com"] * MANY
-    queues.tidy(result)
-    assert in_file(url) == ["q"] * MANY
-
-
-@pytest.mark.sqlite
-@pytest.mark.parametrize("way", ["request", "command"])
-def test_a_checkpoint_follows_the_answer(
-    service: Service, queues: QueueRegistry, url: str, flask: Flask, way: str
-) -> None:
+@pytest.mark.parametrize("way", ["data", "event"])
+def test_a_checkpoint_follows_a_large_rebind(queues: QueueRegistry, url: str, way: str) -> None:
     queues.load([message() for _ in range(MANY)])
-    if way == "request":
-        assert done(service.rebind(data={"queue": "q"})) == (MANY, MANY, MANY)
-    else:
-        flask("rebind", "--everything", "--reason", "a test", "--set", "queue=q")
+    with connected_to(set_data):
+        ask(queues, {"queue": "q"}, trigger_rebind_event=way == "event")
     until(lambda: in_file(url) == ["q"] * MANY)
 
 

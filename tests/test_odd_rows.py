@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from databases import engine_for, run_sql, stored
-from factories import ask, message
+from factories import ask, connected_to, message, settled
 from terminal import Flask
 
-from delivery import Outcome, claim, delivered, settle
-from event import rebind
+from delivery import Outcome, claim, settle
 from message import Message
 from queues import QueueRegistry
 from store import StoreRefused
@@ -102,7 +101,7 @@ def by_a_dry_run(store: Store) -> None:
 def by_the_event(store: Store) -> None:
     before = store.rows()
     names_half = "campaign" in store.columns.get("meta", "")
-    with rebind.connected_to(note):
+    with connected_to(note):
         if store.readable and not names_half:
             assert ask(store.queues, trigger_rebind_event=True).matched == 3
             assert (store.noted(), store.logged()) == (3, sorted(IDS))
@@ -150,7 +149,7 @@ def by_a_claim(store: Store) -> None:
     claims = claim(10, lease=60)
     left = ["odd"] if not store.readable or "queue" in store.columns else []
     assert sorted(each.id for each in claims) == sorted({*IDS} - {*left})
-    assert [delivered(each, OK) for each in claims] == [True] * len(claims)
+    assert [settled(each, "Delivery", OK) for each in claims] == [True] * len(claims)
     assert store.logged() == sorted(each.id for each in claims)
     rows = store.rows("id, sender, recipient, domain, queue, meta, num_attempts")
     assert rows == [row for id, row in before.items() if left and id in ("odd", b"odd")]

@@ -16,7 +16,7 @@ import yaml
 from databases import engine_for, locked, stored
 from factories import message
 from hypothesis import assume, settings
-from marshmallow import RAISE, Schema, ValidationError, fields, missing
+from marshmallow import Schema, ValidationError
 from services import PATH, ROOT, SITE_POLICY, Service, Start
 from test_schemas import KEYS, NO_KEYS
 from werkzeug.exceptions import HTTPException
@@ -31,8 +31,6 @@ POST = DOCUMENT["paths"][PATH]["post"]
 RESPONSES: dict[str, Any] = POST["responses"]
 BODY = POST["requestBody"]["content"]["application/json"]
 PARAMETERS: dict[str, Any] = {parameter["name"]: parameter for parameter in POST["parameters"]}
-QUERY = {name: parameter for name, parameter in PARAMETERS.items() if parameter["in"] == "query"}
-EXAMPLES: dict[str, Any] = {name: example["value"] for name, example in BODY["examples"].items()}
 
 api = schemathesis.openapi.from_path(ROOT / "openapi.yaml", config=schemathesis.Config(seed=20261124))
 
@@ -57,66 +55,20 @@ def validator(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
 # The request, as schemas.py reads it
 
 
-def as_documented(schema: type[Schema]) -> dict[str, Any]:
-    """Each field of a marshmallow schema in JSON Schema's words."""
-    words: list[tuple[type[fields.Field[Any]], str]] = [
-        (fields.String, "string"),
-        (fields.Boolean, "boolean"),
-        (fields.Dict, "object"),
-    ]
-
-    def one(field: Any) -> dict[str, Any]:
-        word = next(word for kind, word in words if isinstance(field, kind))
-        described: dict[str, Any] = {"type": [word, "null"] if field.allow_none else word}
-        if field.load_default is not missing:
-            described["default"] = field.load_default
-        if isinstance(field, fields.Dict):
-            described["propertyNames"] = one(field.key_field)
-            described["additionalProperties"] = one(field.value_field)
-            length: Any = field.validators[0]
-            described["maxProperties"] = length.max
-        elif isinstance(field, fields.String):
-            described["pattern"] = "^[^\\u0000]*$"
-        return described
-
-    return {name: one(field) for name, field in schema().fields.items()}
-
-
-def without_descriptions(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema of the document, for comparison."""
-    return {
-        key: without_descriptions(value) if isinstance(value, dict) else value
-        for key, value in resolved(schema).items()
-        if key != "description"
-    }
-
-
 def test_the_body_has_the_fields_of_the_schema() -> None:
-    body = resolved(BODY["schema"])
-    assert {name: without_descriptions(field) for name, field in body["properties"].items()} == as_documented(
-        RebindRequestSchema
-    )
-
-
-def test_the_same_fields_are_required_and_no_other_is_allowed() -> None:
-    body, schema = resolved(BODY["schema"]), RebindRequestSchema()
-    assert (body["type"], body["required"]) == ("object", [n for n, field in schema.fields.items() if field.required])
-    assert (body["additionalProperties"], schema.unknown) == (False, RAISE)
+    """What they may be is compared below, value by value."""
+    body, fields = resolved(BODY["schema"]), RebindRequestSchema().fields
+    assert (list(body["properties"]), body["required"]) == (list(fields), [n for n in fields if fields[n].required])
+    described = {name: resolved(field) for name, field in body["properties"].items()}
+    assert {name: field["default"] for name, field in described.items() if "default" in field} == {
+        name: field.load_default for name, field in fields.items() if not field.required
+    }
 
 
 def test_the_query_has_the_parameters_of_the_schema() -> None:
-    text = {"type": "string", "pattern": "^[^\\u0000]*$"}
-    described = {name: without_descriptions(parameter["schema"]) for name, parameter in QUERY.items()}
-    assert described == {
-        "dry_run": {"type": "boolean", "default": False},
-        "limit": {"type": "integer", "minimum": 1, "maximum": 10**18 - 1},
-        "unset": {"type": "array", "items": text, "default": []},
-        "undo": text,
-    }
-    assert RebindQuerySchema().load({}) == {"limit": None, "undo": None} | {
-        name: schema["default"] for name, schema in described.items() if "default" in schema
-    }
-    assert (list(described), RebindQuerySchema().unknown) == (list(RebindQuerySchema().fields), RAISE)
+    """What they may be is compared by schemathesis, below."""
+    described = {name: parameter["schema"] for name, parameter in PARAMETERS.items() if parameter["in"] == "query"}
+    assert {name: schema.get("default") for name, schema in described.items()} == RebindQuerySchema().load({})
     assert not any(parameter.get("required") for parameter in PARAMETERS.values())
 
 
@@ -129,35 +81,20 @@ def loads(schema: Schema, value: Any) -> bool:
     return True
 
 
-VALUES: list[Any] = [
-    None,
-    True,
-    False,
-    0,
-    1,
-    1.5,
-    "",
-    "a",
-    "a\n",
-    "true",
-    "a\0",
-    [],
-    ["a"],
-    {},
-    {"a": "b"},
-    {"a": "b", "": ""},
-]
+VALUES: list[Any] = [None, True, False, 0, 1, 1.5, "", "a", "a\n", "true", "a\0", [], ["a"]]
+VALUES += [{}, {"a": "b"}, {"a": "b", "": ""}]
 VALUES += [{"a": None}, {"a": 1}, {"a": {}}, {"a": "\0"}, {"\0": "a"}, {"a": "b", "c": ["d"]}]
 VALUES += [{str(n): "" for n in range(keys)} for keys in (1000, 1001)]
 VALUES += [{key: ""} for key in NAMING_KEYS]
 NO_FIELD = ["", "Reason", "reason ", "d\u0430ta", "tennant", "dry_run"]  # the fourth with a Cyrillic letter
 
 
-@pytest.mark.parametrize("name", [*RebindRequestSchema().fields, *NO_FIELD])
-def test_the_document_and_the_schema_agree_on_every_kind_of_value(name: str) -> None:
+def test_the_document_and_the_schema_agree_on_what_is_a_body() -> None:
     document, schema = validator(BODY["schema"]), RebindRequestSchema()
-    bodies = [{"reason": "a", "data": {}} | {name: value} for value in VALUES]
+    names = [*schema.fields, *NO_FIELD]
+    bodies = [{"reason": "a", "data": {}} | {name: value} for name in names for value in VALUES]
     bodies += [body | {"trigger_rebind_event": True} for body in bodies]
+    bodies += [*VALUES, {"reason": "a"}, {"data": {}}, {"reason": "a", "data": {}}]
     assert [document.is_valid(body) for body in bodies] == [loads(schema, body) for body in bodies]
 
 
@@ -172,17 +109,6 @@ def test_the_document_and_the_code_agree_on_what_an_idempotency_key_is() -> None
     pattern = re.compile(PARAMETERS["Idempotency-Key"]["schema"]["pattern"])
     keys = [*KEYS, *NO_KEYS]
     assert [bool(pattern.search(key)) for key in keys] == [is_key(key) for key in keys]
-
-
-@pytest.mark.parametrize("body", [*VALUES, {"reason": "a"}, {"data": {}}, {"reason": "a", "data": {}}], ids=ascii)
-def test_the_document_and_the_schema_agree_on_what_is_a_body(body: Any) -> None:
-    assert validator(BODY["schema"]).is_valid(body) == loads(RebindRequestSchema(), body)
-
-
-@pytest.mark.parametrize("limit", [0, 1, 2, 10**18 - 1, 10**18, -1])
-def test_the_document_and_the_schema_agree_on_the_limits(limit: int) -> None:
-    accepted = loads(RebindQuerySchema(), {"limit": str(limit)})
-    assert validator(PARAMETERS["limit"]["schema"]).is_valid(limit) == accepted
 
 
 # What a real gunicorn answers
@@ -247,9 +173,10 @@ def test_schemathesis_broke_nothing(open_service: Service, url: str) -> None:
         assert db.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
 
 
-@pytest.mark.parametrize("body", EXAMPLES.values(), ids=EXAMPLES)
-def test_every_example_of_a_request_works(open_service: Service, body: dict[str, Any]) -> None:
-    assert open_service.rebind("?dry_run=true", **body).status_code == 200
+def test_every_example_of_a_request_works(open_service: Service) -> None:
+    examples = {name: example["value"] for name, example in BODY["examples"].items()}
+    statuses = {name: open_service.rebind("?dry_run=true", **body).status_code for name, body in examples.items()}
+    assert statuses == dict.fromkeys(examples, 200)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from message import domain_of
-from names import Criteria, QueueName, queue_name
+from names import ALL_QUEUES, Criteria, QueueName, queue_name
 from queues import QueueRegistry, matching_queues
 
 settings.register_profile("names", derandomize=True, deadline=None, max_examples=200)
@@ -31,57 +31,33 @@ TABLE = {
 # Names that need not come from the table: a pinned one may be anything.
 ODD = {
     "": QueueName(None, None, "", None),
-    "null": QueueName(None, None, "null", None),
     "a:b": QueueName(None, None, "a:b", None),
     "relay.example:2525": QueueName(None, None, "relay.example:2525", None),
     "camp:ten@relay.example:2525!route": QueueName("camp", "ten", "relay.example:2525", "route"),
-    "ten@example.com!relay.example:2525": QueueName(None, "ten", "example.com", "relay.example:2525"),
-    "[IPv6:2001:db8::1]": QueueName(None, None, "[IPv6:2001:db8::1]", None),
     "camp:ten@[IPv6:2001:db8::1]": QueueName("camp", "ten", "[IPv6:2001:db8::1]", None),
-    "ten@[192.0.2.1]!route": QueueName(None, "ten", "[192.0.2.1]", "route"),
-    "a:b:c@example.com": QueueName("a", "b:c", "example.com", None),
     "a@b@example.com": QueueName(None, "a", "b@example.com", None),
     "a@b:c@example.com": QueueName(None, "a", "b:c@example.com", None),
-    "a!b@example.com": QueueName(None, "a!b", "example.com", None),
     "a@example.com!b!c": QueueName(None, "a", "example.com", "b!c"),
     "example.com!a@b": QueueName(None, "example.com!a", "b", None),
     "@example.com": QueueName(None, "", "example.com", None),
     ":@example.com": QueueName("", "", "example.com", None),
     ":ten@example.com": QueueName("", "ten", "example.com", None),
-    "camp:ten@": QueueName("camp", "ten", "", None),
     "example.com!": QueueName(None, None, "example.com", ""),
     "!": QueueName(None, None, "", ""),
     ":@!": QueueName("", "", "", ""),
     "café:größe@münchen.example!маршрут": QueueName("café", "größe", "münchen.example", "маршрут"),
-    " a : b @ c ! d ": QueueName(" a ", " b ", " c ", " d "),
     "a\n:b\n@c\n!d\n": QueueName("a\n", "b\n", "c\n", "d\n"),
 }
 
 
 @pytest.mark.parametrize(("name", "parts"), (TABLE | ODD).items(), ids=repr)
-def test_a_name_is_read_as_its_parts(name: str, parts: QueueName) -> None:
-    assert QueueName.parse(name) == parts
-
-
-@pytest.mark.parametrize(("name", "parts"), (TABLE | ODD).items(), ids=repr)
-def test_parts_are_written_as_their_name(name: str, parts: QueueName) -> None:
-    assert str(parts) == name
-
-
-def test_a_campaign_without_a_tenant_reads_back_with_an_empty_one() -> None:
-    assert str(QueueName("camp", None, "example.com", None)) == "camp:@example.com"
-    assert QueueName.parse("camp:@example.com").tenant == ""
+def test_a_name_is_read_as_its_parts_and_they_are_written_as_the_name(name: str, parts: QueueName) -> None:
+    assert (QueueName.parse(name), str(parts)) == (parts, name)
 
 
 @names
-@given(st.text())
+@given(st.text() | st.lists(st.sampled_from([":", "@", "!", "a", "é"])).map("".join))
 def test_every_string_is_a_name_and_is_written_as_it_was_read(name: str) -> None:
-    assert str(QueueName.parse(name)) == name
-
-
-@names
-@given(st.lists(st.sampled_from([":", "@", "!", "a", "é"])).map("".join))
-def test_separators_in_any_order_are_written_as_they_were_read(name: str) -> None:
     assert str(QueueName.parse(name)) == name
 
 
@@ -100,23 +76,17 @@ def test_parts_without_separators_are_read_back_as_they_were_written(parts: Queu
     ("meta", "name"),
     [
         ({}, "example.com"),
-        ({"routing_domain": "r"}, "example.com!r"),
         ({"tenant": "t"}, "t@example.com"),
-        ({"tenant": "t", "routing_domain": "r"}, "t@example.com!r"),
         ({"campaign": "c"}, "c:@example.com"),
-        ({"campaign": "c", "routing_domain": "r"}, "c:@example.com!r"),
         ({"campaign": "c", "tenant": "t"}, "c:t@example.com"),
         ({"campaign": "c", "tenant": "t", "routing_domain": "r"}, "c:t@example.com!r"),
         ({"queue": "pinned", "campaign": "c", "tenant": "t", "routing_domain": "r"}, "pinned"),
-        ({"queue": "null"}, "null"),
         ({"queue": ""}, ""),
         ({"campaign": "", "tenant": "", "routing_domain": ""}, ":@example.com!"),
-        ({"tenant": ""}, "@example.com"),
         ({"queue": None, "campaign": None, "tenant": None, "routing_domain": None}, "example.com"),
         ({"queue": 1, "campaign": True, "tenant": ["t"], "routing_domain": {"r": "r"}}, "example.com"),
         ({"queue": ["pinned"], "campaign": 1.5, "tenant": "t"}, "t@example.com"),
         ({"tenant": "a:b"}, "a:b@example.com"),
-        ({"Campaign": "c", "domain": "d"}, "example.com"),
     ],
     ids=str,
 )
@@ -150,27 +120,22 @@ def test_a_recipient_that_is_not_an_address_is_refused(recipient: str | list[str
         domain_of(recipient)
 
 
+ALL = {"campaign": "camp", "tenant": "ten", "domain": "example.com", "routing_domain": "route"}
+
+
 @pytest.mark.parametrize(
     ("criteria", "name"),
     [
-        ({}, "example.com"),
         ({}, "camp:ten@example.com!route"),
         ({}, ""),
-        ({"campaign": "camp"}, "camp:ten@example.com!route"),
-        ({"tenant": "ten"}, "camp:ten@example.com!route"),
-        ({"domain": "example.com"}, "camp:ten@example.com!route"),
-        ({"routing_domain": "route"}, "camp:ten@example.com!route"),
-        (
-            {"campaign": "camp", "tenant": "ten", "domain": "example.com", "routing_domain": "route"},
-            "camp:ten@example.com!route",
-        ),
+        *(({key: value}, "camp:ten@example.com!route") for key, value in ALL.items()),
+        (ALL, "camp:ten@example.com!route"),
         ({"domain": "EXAMPLE.com"}, "example.com"),
         ({"domain": "example.com"}, "Example.COM"),
         ({"domain": "MÜNCHEN.example"}, "münchen.example"),
         ({"routing_domain": "ROUTE"}, "example.com!route"),
         ({"domain": "relay.example:2525"}, "relay.example:2525"),
         ({"tenant": ""}, "camp:@example.com"),
-        ({"tenant": ""}, "@example.com"),
         ({"campaign": ""}, ":ten@example.com"),
         ({"domain": ""}, "ten@"),
         ({"domain": "null"}, "null"),
@@ -184,26 +149,20 @@ def test_a_request_matches_a_name_whose_parts_equal_its_criteria(criteria: dict[
 @pytest.mark.parametrize(
     ("criteria", "name"),
     [
+        *((ALL | {key: "other"}, "camp:ten@example.com!route") for key in ALL),
         ({"campaign": "Camp"}, "camp:ten@example.com"),
         ({"tenant": "Ten"}, "camp:ten@example.com"),
-        ({"campaign": "camp"}, "ten@example.com"),
         ({"campaign": "camp"}, "camp@example.com"),
         ({"campaign": ""}, "ten@example.com"),
         ({"tenant": ""}, "example.com"),
-        ({"tenant": ""}, "camp:ten@example.com"),
-        ({"tenant": "ten"}, "ten:@example.com"),
         ({"domain": "example.com"}, "sub.example.com"),
         ({"domain": "sub.example.com"}, "example.com"),
         ({"domain": "example.com"}, "example.com:25"),
-        ({"domain": "example"}, "example.com"),
         ({"domain": ""}, "example.com"),
         ({"domain": "%"}, "example.com"),
         ({"domain": "camp:ten@example.com"}, "camp:ten@example.com"),
-        ({"routing_domain": "route"}, "example.com"),
         ({"routing_domain": ""}, "example.com"),
         ({"routing_domain": "example.com"}, "example.com"),
-        ({"campaign": "camp", "tenant": "other"}, "camp:ten@example.com"),
-        ({"domain": "example.com", "routing_domain": "other"}, "example.com!route"),
     ],
     ids=str,
 )
@@ -211,7 +170,7 @@ def test_a_request_matches_no_name_of_which_one_part_differs(criteria: dict[str,
     assert not Criteria(**criteria).match(QueueName.parse(name))
 
 
-def test_each_queue_that_matches_is_found_and_no_other(queues: QueueRegistry, url: str) -> None:
+def test_each_queue_is_found_once(queues: QueueRegistry, url: str) -> None:
     """All names of up to four of the characters that count, A being what follows the @ in the order of bytes.
 
     The one that comes first after `a`, if there is no NUL, has a character more, of the smallest code.
@@ -220,13 +179,10 @@ def test_each_queue_that_matches_is_found_and_no_other(queues: QueueRegistry, ur
     queues.load(message(meta={"queue": name}) for name in names)
     if url.startswith("sqlite"):
         names += nul_in_names(queues)
-    parts = [None, "", "a", "A", "a:", "a@", "@", "!", "x" * 100_000]
     with queues.database.autocommit() as db:
-        for campaign, tenant, domain in product(parts, parts, [None, "a"]):
-            criteria = Criteria(campaign, tenant, domain)
-            expected = {name for name in names if criteria.match(QueueName.parse(name))}
-            found = matching_queues(queues.database.engine, db, criteria)
-            assert (set(found), len(found)) == (expected, len(expected)), (campaign, tenant, domain)
+        found = matching_queues(db, ALL_QUEUES)
+        assert sorted(found) == sorted(names)
+        assert matching_queues(db, Criteria("", "a")) == [name for name in found if name.startswith(":a@")]
 
 
 def nul_in_names(queues: QueueRegistry) -> list[str]:

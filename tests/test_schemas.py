@@ -1,13 +1,13 @@
 """Tests of what is read from outside, without HTTP or a database: JSON itself, the body and the query of a request."""
 
-import json
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from marshmallow import Schema, ValidationError
+from services import PATH
 
+from app import create_app
 from names import NAMING_KEYS, Criteria
 from rebinding import RebindRequest
 from schemas import (
@@ -15,27 +15,25 @@ from schemas import (
     QueryError,
     RebindRequestSchema,
     idempotency_key,
+    in_a_line,
     parse_json,
     rebind_query,
     rebind_request,
+    seconds,
 )
+from tables import FIRST_SECOND, LAST_SECOND
 
 # JSON
 
 JSON: dict[str, tuple[bytes, Any]] = {
-    "object": (
-        b'{"a": {"a": [1, -2.5e3, true, false, null, "\\u00e9"]}}',
-        {"a": {"a": [1, -2500.0, True, False, None, "é"]}},
-    ),
+    "an object": (b'{"a": {"a": [1, -2.5e3, true, null, "\\u00e9"]}}', {"a": {"a": [1, -2500.0, True, None, "é"]}}),
     "white space": (b" \t\r\n[ ] \n", []),
-    "string": (b'"a"', "a"),
     "UTF-8": ('"é💌"'.encode(), "é💌"),
     "a pair of surrogates": (rb'"\ud83d\udc8c"', "💌"),
     "a lone surrogate": (rb'"\ud800"', "\ud800"),  # is JSON; check_text refuses it
     "NUL": (rb'"\u0000"', "\0"),
     "an empty key": (b'{"": 1}', {"": 1}),
-    "keys that differ in case": (b'{"a": 1, "A": 2}', {"a": 1, "A": 2}),
-    "one key in two objects": (b'[{"a": 1}, {"a": 2}]', [{"a": 1}, {"a": 2}]),
+    "one key in two objects": (b'[{"a": 1, "A": 2}, {"a": 2}]', [{"a": 1, "A": 2}, {"a": 2}]),
     "the largest double": (b"1.7976931348623157e308", 1.7976931348623157e308),
     "too small for a double": (b"1e-999", 0.0),
     "4300 digits": (b"9" * 4300, 10**4300 - 1),
@@ -54,17 +52,10 @@ NOT_JSON = {
     "bad UTF-8": (b'"\xff"', "it is not UTF-8: invalid start byte at byte 1"),
     "a surrogate as UTF-8": (b'"\xed\xa0\x80"', "it is not UTF-8: invalid continuation byte at byte 1"),
     "UTF-16": ("{}".encode("utf-16"), "it is not UTF-8: invalid start byte at byte 0"),
-    "UTF-16 without a BOM": (
-        "{}".encode("utf-16-le"),
-        "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
-    ),
     "BOM": (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 (char 0)"),
-    "NaN": (b"NaN", "NaN is not a number in JSON"),
-    "Infinity": (b'{"a": Infinity}', "Infinity is not a number in JSON"),
-    "-Infinity": (b"[-Infinity]", "-Infinity is not a number in JSON"),
-    "1e999": (b"1e999", "the number 1e999 is too large"),
-    "-1e999": (b'{"a": [-1e999]}', "the number -1e999 is too large"),
-    "a key twice": (b'{"a": 1, "a": 1}', "the key 'a' is given twice in one object"),
+    "NaN": (b"NaN", "NaN is not in the range of a double"),
+    "Infinity": (b'{"a": Infinity}', "Infinity is not in the range of a double"),
+    "-1e999": (b'{"a": [-1e999]}', "-1e999 is not in the range of a double"),
     "a key twice inside": (b'[{"b": {"": 1, "": 2}}]', "the key '' is given twice in one object"),
     "a key twice, escaped": (rb'{"\ud800": 1, "\ud800": 1}', r"the key '\ud800' is given twice in one object"),
     "deep lists": (b"[" * 100_000, "nested too deeply"),
@@ -81,42 +72,20 @@ def test_what_is_not_json_is_refused_with_the_reason(text: bytes, reason: str) -
 
 BODY = b'{"reason": "a test", "data": {"queue": "elsewhere"}, "always_flush": true}'
 LOOKS_LIKE_JSON: dict[str, bytes] = {
-    "a pickle": pickle.dumps(json.loads(BODY)),
-    "MessagePack": b"\x82\xa6reason\xa1a\xa4data\x80",
-    "CBOR": b"\xa2freasonaadddata\xa0",
-    "BSON": b"\x1b\x00\x00\x00\x02reason\x00\x02\x00\x00\x00a\x00\x03data\x00\x05\x00\x00\x00\x00\x00",
-    "XML": b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><reason>&b;</reason>',
-    "YAML": b"reason: a\ndata: {}\n",
-    "a YAML tag": b"!!python/object/apply:os.system [reboot]",
-    "multipart": b'--x\r\nContent-Disposition: form-data; name="reason"\r\n\r\na\r\n--x--\r\n',
-    "JSONP": b"f(" + BODY + b")",
-    "a prefix against JSON hijacking": b")]}',\n" + BODY,
-    "a JSON text sequence": b"\x1e" + BODY + b"\n",
-    "UTF-7": BODY.replace(b'"a test"', b"+ACI-a test+ACI-"),
-    "a request": b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "every byte": bytes(range(256)),
     "a key of a million letters twice": b'{"%s": 1, "%s": 2}' % ((b"a" * 1_000_000,) * 2),
-    "1 MiB of NUL": bytes(1024 * 1024),
     "a quote without end": b'"' + b"a" * 1_000_000,
     "a backslash without end": b'{"reason": "' + b"\\" * 999_999,
     "half a \\u": BODY.replace(b"a test", b"\\u00"),
     "a tab in a string": BODY.replace(b"a test", b"a\ttest"),
     "spaces of Unicode": BODY.replace(b" ", "\u00a0".encode()),
-    "a form feed": BODY + b"\f",
-    "quotes of typography": BODY.replace(b'"', "”".encode()),
+    "UTF-16 without a BOM": "{}".encode("utf-16-le"),
+    "4301 digits": b"9" * 4301,
     "a word of Python's": BODY.replace(b"true", b"True"),
-    "a word of JavaScript's": BODY.replace(b"true", b"undefined"),
-    "a key without quotes": BODY.replace(b'"reason"', b"reason"),
-    "a plus sign": BODY.replace(b"true", b"+1"),
-    "a leading zero": BODY.replace(b"true", b"01"),
-    "no digit after the point": BODY.replace(b"true", b"1."),
-    "hexadecimal": BODY.replace(b"true", b"0x1"),
     "a million digits": BODY.replace(b"true", b"1" * 1_000_000),
     "a million digits and a point": BODY.replace(b"true", b"1" * 1_000_000 + b".0"),
     "a key twice, deep in a wrong value": BODY.replace(b"true", b'[[{"a": {"b": 1, "b": 2}}]]'),
     "a key twice, one of them a surrogate pair": BODY[:-1] + '"😀": 1, "\\ud83d\\ude00": 2}'.encode(),
-    "braces and brackets crossed": b"{[}]" * 1000,
-    "a million commas": b"[" + b"," * 1_000_000 + b"]",
 }
 
 
@@ -127,15 +96,85 @@ def test_what_only_looks_like_json_is_refused_with_a_short_reason(text: bytes) -
     assert len(str(refused.value)) < 300
 
 
-def test_a_number_with_too_many_digits_is_refused() -> None:
-    with pytest.raises(NotJSON, match="4300 digits"):
-        parse_json(b"9" * 5000)
+# What is wrong, in a line
+
+ERRORS: dict[str, tuple[Any, str]] = {
+    "a field": ({"reason": ["Unknown."]}, "reason: Unknown."),
+    "two reasons": ({"a": ["One.", "Two."]}, "a: One. Two."),
+    "fields": ({"a": ["One."], "b": {0: {"c": ["Two."]}}}, "a: One.; b.0.c: Two."),
+    "the whole": ({"_schema": ["Invalid input type."]}, "Invalid input type."),
+    "a line break": ({"a\n\x1b\ud800": ["One."]}, r"a\n\x1b\ud800: One."),
+    "as long as a line": ({"a" * 492: ["Wrong."]}, "a" * 492 + ": Wrong."),
+    "longer": ({"a" * 493: ["Wrong."]}, "a" * 493 + ": Wrong…"),
+    "thousands": ({str(n): ["x"] for n in range(80_000)}, "; ".join(f"{n}: x" for n in range(99))[:500] + "…"),
+}
+
+
+@pytest.mark.parametrize(("errors", "line"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_told_in_one_short_line(errors: Any, line: str) -> None:
+    assert in_a_line(errors) == line
+
+
+LOGGED = {
+    "?x=1&dry_run=x": "400 a query parameter or a header is wrong: dry_run: Not a valid boolean.; x: Unknown field.",
+    "": r"422 the body is not a request to rebind: data.a.value: Not a valid string.; \n: Unknown field.",
+}
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize(("query", "said"), LOGGED.items())
+def test_the_diagnostic_log_says_what_was_wrong(
+    url: str, caplog: pytest.LogCaptureFixture, query: str, said: str
+) -> None:
+    asking = create_app({"DATABASE_URL": url}).test_client()
+    with caplog.at_level("INFO", "app"):
+        answer = asking.post(f"{PATH}{query}", json={"reason": "", "data": {"a": 1}, "\n": 1})
+    assert answer.get_json()["detail"].endswith(": see errors")
+    assert caplog.messages[-1] == f"127.0.0.1 POST {PATH}{query} {said}"
+
+
+# Times
+
+TIMES = {
+    "2025-08-01T12:00:00Z": 1754049600,
+    "2030-01-01t00:00:00z": 1893456000,
+    "2025-08-01 12:00:00Z": 1754049600,
+    "2025-08-01T12:00:00.5Z": 1754049600.5,
+    "2025-08-01T12:00:00.123456789Z": 1754049600.123456,  # as KumoMTA writes them
+    "2025-08-01T05:00:00-07:00": 1754049600,
+    "2025-08-01T12:00:00-00:00": 1754049600,
+    "1990-12-31T23:59:60Z": 662688000,
+    "1990-12-31T15:59:60.5-08:00": 662688000.5,
+    "1969-12-31T23:59:58.75Z": -1.25,
+    "0001-01-01T00:00:00Z": FIRST_SECOND,
+    "9999-12-31T23:59:59Z": LAST_SECOND,
+}
+NO_TIMES = ["", "now", "1e9", 5, None, "2026-W48", "2026-W48-1", "2026-330", "2026-11", "20261125", "20261124T100000Z"]
+NO_TIMES += ["2026-11-25", "2026-11-25T", "2026-11-25Z", "2026-11-25T03", "2026-11-25T03:00", "2026-11-25T03:00Z"]
+NO_TIMES += ["2026-11-25T03:00:00", "2026-11-25T24:00:00Z", "2026-11-25T03:00:00,5Z", "2026-11-25T03:00:60Z"]
+NO_TIMES += ["2026-11-25T03:00:00+1", "2026-11-25T03:00:00+01", "2026-11-25T03:00:00+24:00", "2026-02-30T10:00:00Z"]
+NO_TIMES += ["0000-01-01T00:00:00Z", "10000-01-01T00:00:00Z", "٢٠٢٦-11-25T00:00:00Z", "2026-11-24T10:00:00.\u0665Z"]
+NO_TIMES += [" 2026-11-25T03:00:00Z", "2026-11-25T03:00:00Z\n"]
+NO_YEARS = ["0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01", "9999-12-31T23:59:60Z"]
+
+
+@pytest.mark.parametrize(("text", "expected"), TIMES.items())
+def test_a_time_is_one_of_rfc_3339(text: str, expected: float) -> None:
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", [*NO_TIMES, *NO_YEARS], ids=ascii)
+def test_what_is_no_time_is_refused(text: Any) -> None:
+    with pytest.raises(ValidationError) as refused:
+        seconds(text)
+    assert refused.value.messages == [NO_YEAR if text in NO_YEARS else NO_TIME]
 
 
 # A request to rebind
 
 DATA = {"reason": "r", "data": {}}
 NO_STRING, NO_BOOLEAN, NO_MAPPING = (["Not a valid string."], ["Not a valid boolean."], ["Not a valid mapping type."])
+NO_TIME, NO_YEAR = "Not a time of RFC 3339, such as 2026-11-24T10:00:00Z.", "Not in the years 1 to 9999."
 NULL, UNKNOWN, MISSING = ["Field may not be null."], ["Unknown field."], ["Missing data for required field."]
 NUL, SURROGATE = ["a string must not contain NUL"], ["a string must not contain a lone surrogate"]
 
@@ -154,26 +193,17 @@ def read(body: Any, key: str | None = None, **query: str | list[str]) -> RebindR
 
 
 def test_a_request_needs_a_reason_and_data_alone() -> None:
-    assert read({"reason": "", "data": {}}) == RebindRequest("", {}, actor="ada")
+    nulls = dict.fromkeys(("campaign", "tenant", "domain", "routing_domain"))
+    assert read(DATA) == read(DATA | nulls) == RebindRequest("r", {}, actor="ada")
     assert errors(RebindRequestSchema(), {}) == {"reason": MISSING, "data": MISSING}
 
 
 def test_every_field_of_a_request_is_read_as_it_stands() -> None:
     criteria = {"campaign": "", "tenant": " acme ", "domain": "Example.COM", "routing_domain": "mx"}
-    body = {
-        "reason": " Cleaning up ",
-        "data": {"": "", "é": "💌", "queue": "null"},
-        "trigger_rebind_event": True,
-        "always_flush": True,
-        "suppress_logging": True,
-    }
-    expected = RebindRequest(**body, criteria=Criteria(**criteria), actor="ada")  # type: ignore[arg-type]
+    body: dict[str, Any] = {"reason": " Cleaning up ", "data": {"": "", "é": "💌", "queue": "null"}}
+    body |= dict.fromkeys(("trigger_rebind_event", "always_flush", "suppress_logging"), True)
+    expected = RebindRequest(**body, criteria=Criteria(**criteria), actor="ada")
     assert read(body | criteria) == expected
-
-
-def test_a_criterion_that_is_null_is_none() -> None:
-    body = DATA | dict.fromkeys(("campaign", "tenant", "domain", "routing_domain"))
-    assert read(body) == RebindRequest("r", {}, actor="ada")
 
 
 def wrong_fields() -> Iterator[tuple[str, Any, Any]]:
@@ -219,13 +249,8 @@ def test_a_wrong_value_is_an_error_and_never_coerced(field: str, value: Any, wro
 
 def test_every_wrong_field_is_named() -> None:
     body = {"data": {"a": 1}, "domain": 5, "always_flush": 1, "x": 1}
-    assert errors(RebindRequestSchema(), body) == {
-        "reason": MISSING,
-        "data": {"a": {"value": NO_STRING}},
-        "domain": NO_STRING,
-        "always_flush": NO_BOOLEAN,
-        "x": UNKNOWN,
-    }
+    wrong = {"reason": MISSING, "data": {"a": {"value": NO_STRING}}, "domain": NO_STRING}
+    assert errors(RebindRequestSchema(), body) == wrong | {"always_flush": NO_BOOLEAN, "x": UNKNOWN}
 
 
 @pytest.mark.parametrize("value", [None, [], [DATA], "data", "", 0, 1.5, True], ids=ascii)
@@ -246,18 +271,16 @@ def test_with_the_event_data_says_nothing_of_a_name() -> None:
 # The query
 
 
-@pytest.mark.parametrize(
-    ("query", "fields"),
-    [
-        ({"dry_run": "true"}, {"dry_run": True}),
-        ({"dry_run": "false", "limit": "1"}, {"limit": 1}),
-        ({"limit": "999999999999999999"}, {"limit": 10**18 - 1}),
-        ({"unset": ["b", "a", "", "b"]}, {"unset": ("b", "a", "")}),
-        ({"undo": "x", "limit": "2", "dry_run": "true"}, {"undo": "x", "limit": 2, "dry_run": True}),
-        ({"undo": ""}, {"undo": ""}),
-    ],
-    ids=str,
-)
+QUERIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"dry_run": "true"}, {"dry_run": True}),
+    ({"dry_run": "false", "limit": "1"}, {"limit": 1}),
+    ({"limit": "999999999999999999"}, {"limit": 10**18 - 1}),
+    ({"unset": ["b", "a", "", "b"]}, {"unset": ("b", "a", "")}),
+    ({"undo": "", "limit": "2"}, {"undo": "", "limit": 2}),
+]
+
+
+@pytest.mark.parametrize(("query", "fields"), QUERIES, ids=str)
 def test_a_query_is_read(query: dict[str, Any], fields: dict[str, Any]) -> None:
     assert read(DATA, **query) == RebindRequest("r", {}, actor="ada", **fields)
 
@@ -281,13 +304,9 @@ def test_a_dry_run_is_true_or_false(dry_run: str) -> None:
     assert query_errors(dry_run=dry_run) == {"dry_run": NO_BOOLEAN}
 
 
-TWICE = ["Given more than once."]
-
-
 def test_every_parameter_but_unset_may_be_given_once() -> None:
-    assert query_errors(limit=["1", "1"], dry_run=["true", "false"], undo=["a", "a"]) == dict.fromkeys(
-        ("limit", "dry_run", "undo"), TWICE
-    )
+    twice = {"limit": ["1", "1"], "dry_run": ["true", "false"], "undo": ["a", "a"]}
+    assert query_errors(**twice) == {key: ["Given more than once."] for key in twice}
 
 
 def test_a_key_or_an_id_that_cannot_be_stored_is_refused() -> None:
@@ -298,11 +317,7 @@ EVENT = {"trigger_rebind_event": True}
 UNDO = {"undo": ["data must be {}, and undo cannot be combined with unset or trigger_rebind_event."]}
 CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "unset with the event": (EVENT, {"unset": "a"}, {"unset": ["Not allowed with trigger_rebind_event."]}),
-    "unset of keys that data sets": (
-        {"data": {"a": "", "b": "", "é": ""}},
-        {"unset": ["é", "c", "a"]},
-        {"unset": ["Set by data: '\\xe9', 'a'."]},
-    ),
+    "unset of a key that data sets": ({"data": {"é": ""}}, {"unset": ["a", "é"]}, {"unset": ["Set by data: '\\xe9'."]}),
     "undo with data": ({"data": {"a": ""}}, {"undo": "x"}, UNDO),
     "undo with the event": (EVENT, {"undo": "x"}, UNDO),
     "undo with unset": ({}, {"undo": "x", "unset": "a"}, UNDO),

@@ -58,8 +58,8 @@ ROWS = {
 }
 LONGEST = f"'{'é' * (MAX_NAME // 2)}'"
 TOO_LONG = f"'{'é' * (MAX_NAME // 2)}x'"
-TIMES = [("messages", "created"), ("messages", "due"), ("log", "created"), ("log", "event_time")]
-TIMES += [("rebinds", "event_time")]
+TIMES = [("messages", "created"), ("messages", "due"), ("messages", "leased_until")]
+TIMES += [("log", "created"), ("log", "event_time"), ("rebinds", "event_time")]
 
 SQL = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "tables.md").read_text(), re.DOTALL)
 # The statements of the page, without their comments.
@@ -87,7 +87,7 @@ def send(url: str, id: str, queue: str = "example.com") -> None:
 def test_a_sender_needs_only_the_statements_of_the_page(queues: QueueRegistry, url: str) -> None:
     send(url, "m1")
     columns = {"id": "m1", "domain": "example.com", "queue": "example.com", "meta": {"a": [1]}, "size": 5}
-    columns |= {"created": 1e9, "due": 1e9, "num_attempts": 0}
+    columns |= {"created": 1e9, "due": 1e9, "num_attempts": 0, "leased_until": 0.0}
     assert (stored(url), contents(url)) == ([ADDRESSES | columns], {"m1": b"Hello"})
 
 
@@ -101,7 +101,7 @@ def test_a_worker_needs_only_the_statements_of_the_page(queues: QueueRegistry, u
     assert {row["queue"] for row in run(url, due_queues, now=now)} == {"example.com", "null"}
     assert (run(url, discard, now=now), {*contents(url)}) == ([1], {"m1", "m2", "m3"})
     claimed = run(url, claim, queue="example.com", now=now)
-    assert {(row["id"], row["due"]) for row in claimed} == {("m1", lease), ("m2", lease), ("m3", lease)}
+    assert {(row["id"], row["leased_until"]) for row in claimed} == {("m1", lease), ("m2", lease), ("m3", lease)}
     assert run(url, claim, queue="example.com", now=now) == []
 
     delivery = ADDRESSES | {"id": "m1", "queue": "example.com", "meta": "{}", "size": 5, "created": 1e9}
@@ -110,12 +110,13 @@ def test_a_worker_needs_only_the_statements_of_the_page(queues: QueueRegistry, u
     assert [(one["type"], one["id"], one["response"]) for one in logged(url)] == [("Delivery", "m1", {"code": 250})]
     assert (run(url, remove, id="m1"), {*contents(url)}) == ([0], {"m2", "m3"})
 
-    run(url, try_later, id="m2", lease=lease, later=later)
-    assert [(row["due"], row["num_attempts"]) for row in stored(url)] == [(later, 1), (lease, 0)]
+    run(url, try_later, id="m2", due=1e9, lease=lease, later=later)
+    said = ("due", "num_attempts", "leased_until")
+    assert [tuple(row[name] for name in said) for row in stored(url)] == [(later, 1, 0.0), (1e9, 0, lease)]
     assert ask(queues, {"queue": "x"}).moved == 2
     before = stored(url)[1]
-    run(url, try_later, id="m3", lease=lease, later=later)
-    assert stored(url)[1] == before | {"num_attempts": 1}
+    run(url, try_later, id="m3", due=1e9, lease=lease, later=later)
+    assert stored(url)[1] == before | {"num_attempts": 1, "leased_until": 0.0}
 
 
 def insertion(table: str, column: str, value: str) -> str:
@@ -132,6 +133,10 @@ def insertion(table: str, column: str, value: str) -> str:
         ("messages", "queue", TOO_LONG, "queue_length"),
         ("messages", "recipient", "''", "recipient_is_address_or_list"),
         ("messages", "recipient", "'[]'", "recipient_is_address_or_list"),
+        *(
+            ("messages", "meta", repr(meta), "meta_is_object|JSON|json")
+            for meta in ("[]", "null", "", "{", '{"a": NaN}')
+        ),
         ("messages", "size", "-1", "counts_are_not_negative"),
         ("messages", "num_attempts", "-1", "counts_are_not_negative"),
         ("log", "event_time", "NULL", "event_time_or_rebind"),
@@ -203,7 +208,7 @@ def test_a_record_is_shown_as_json_and_hides_no_other_whatever_a_worker_wrote(
     run_sql(url, insertion("log", column, f"'{document}'"), insertion("log", "id", "'other'"))
     odd, other = logged(url)
     json.dumps(odd, allow_nan=False)
-    assert (other["id"], odd["meta"] if meta is not None else None, odd["site"]) == ("other", meta, "")
+    assert (other["id"], odd["meta"], odd["site"]) == ("other", document if meta is None else meta, "")
 
 
 def test_a_key_belongs_to_one_rebind(queues: QueueRegistry, url: str) -> None:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sqlalchemy import delete
 
-from delivery import claim, postponed
+from delivery import Outcome, claim, recipient_list, settle
 from deliverylog import response
 from message import NewMessage
 from queues import registry
@@ -40,7 +40,8 @@ def work(dice: random.Random, _seed: int, end: float) -> list[tuple[str, dict[st
     while time.time() < end:
         for claimed in claim(dice.randint(1, 10), lease=1):
             if dice.random() < 0.5:
-                postponed(claimed, time.time() + dice.random(), {"response": response(451, "later")})
+                later = Outcome("TransientFailure", recipient_list(claimed), {"response": response(451, "later")})
+                settle(claimed, [later], time.time() + dice.random())
                 continue
             with registry.database.begin_write() as db:
                 gone = delete(messages).where(messages.c.id == claimed.id).returning(messages.c.meta)
