@@ -34,8 +34,7 @@ class Claim(Message):
     """A message that is this worker's to deliver until `leased_until`."""
 
     content: bytes
-    leased_until: float
-    """In seconds since 1970."""
+    leased_until: float  # in seconds since 1970
 
 
 class _Place:
@@ -120,8 +119,7 @@ class Outcome:
 
     type: Literal["Delivery", "Bounce", "TransientFailure"]
     recipients: list[str]
-    details: dict[str, Any]
-    """The fields that its record has besides those of every record, such as `response`."""
+    details: dict[str, Any]  # the fields that its record has besides those of every record, such as `response`
 
 
 def settle(claim: Claim, outcomes: Sequence[Outcome], due: float | None = None) -> bool:

@@ -1,7 +1,4 @@
-"""The `rebind` event: the signal, the site's policy file, and what handlers make of each message.
-
-docs/contract.md, "What one request does".
-"""
+"""The `rebind` event: its handlers, the site's policy file that connects them, and what they make of each message."""
 
 import sys
 from collections import Counter
@@ -50,10 +47,7 @@ rebind = RebindEvent()
 
 
 def load_policy(path: str) -> None:
-    """Run the site's Python file at `path`, which connects its handlers.
-
-    Raises PolicyError, with the file and the reason.
-    """
+    """Run the site's Python file at `path`, which connects its handlers. Raises PolicyError, with the reason."""
     spec = spec_from_file_location("rebind_policy", Path(path).absolute())
     if spec is None or spec.loader is None:
         raise PolicyError(f"the policy {path} is not a Python file (*.py)")
@@ -66,10 +60,7 @@ def load_policy(path: str) -> None:
 
 
 class Stream:
-    """Makes updates of a stream of messages, as the event's handlers decide, and counts them.
-
-    Raises NoHandler, and, while it streams, HandlerFailed and StoreRefused.
-    """
+    """Makes updates of messages as the event's handlers decide. Raises NoHandler, HandlerFailed and StoreRefused."""
 
     def __init__(self, request: RebindRequest, now: float) -> None:
         if not rebind.handlers:
@@ -97,12 +88,11 @@ class Stream:
         sender = row.sender if changed.sender is None else changed.sender
         recipient = row.recipient if changed.recipient is None else changed.recipient
         meta = row.meta if changed.meta is None else changed.meta
-        update = Update(sender, recipient, domain, meta, queue, due, row.at, *changed)
         try:
-            "".join(update[:5]).encode()
+            f"{sender}{recipient}{domain}{meta}{queue}".encode()
         except UnicodeEncodeError as error:  # SQLite kept it
             raise StoreRefused(f"the message {row.id} cannot be stored: it contains a lone surrogate") from error
-        return update
+        return Update(sender, recipient, domain, meta, queue, due, row.at, *changed)
 
 
 def call_handlers(handlers: Sequence[Handler], message: Message, row: MessageRow, data: Mapping[str, str]) -> Changes:

@@ -12,7 +12,7 @@ from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from gunicorn.workers.base import Worker  # type: ignore[import-untyped]
 
 # Put nginx before it if strangers can connect: 200 connections that send nothing keep everybody waiting for 50 seconds.
-bind = "127.0.0.1:8000"  # put nginx before it: here clients that connect and send nothing hold threads for SILENCE
+bind = "127.0.0.1:8000"
 umask = 0o007  # of a unix socket: a proxy is believed about who asks, so that nobody else may connect to it
 
 workers = 2

@@ -1,7 +1,4 @@
-"""The history, one row per rebind: written, listed, answered again, and taken back.
-
-docs/contract.md, "History", "Retries" and "Undo". The records of a rebind are in deliverylog.py.
-"""
+"""The history, a row per rebind: written, listed, answered again, taken back. docs/contract.md, "History", "Undo"."""
 
 import os
 import platform
@@ -55,11 +52,7 @@ def earlier_answer(db: sa.Connection, request: RebindRequest) -> RebindResult | 
 
 
 def keep(db: sa.Connection, request: RebindRequest, result: RebindResult, now: float, keys: tuple[int, int]) -> None:
-    """Write the row of history.
-
-    now: the time of all records, in seconds since 1970.
-    keys: the first and last that its records may have in the log.
-    """
+    """Write the row of history. now: the time of all records. keys: the first and last that they may have."""
     asked = {"actor": request.actor, "reason": request.reason, "idempotency_key": request.idempotency_key}
     done = {name: getattr(result, name) for name in ("rebind_id", "matched", "moved", "flushed")}
     its_records = {"event_time": now, "nodeid": NODEID, "first_key": keys[0], "last_key": keys[1]}
@@ -68,11 +61,7 @@ def keep(db: sa.Connection, request: RebindRequest, result: RebindResult, now: f
 
 
 def rebinds_done(database: Database, since: float | None, limit: int | None) -> list[dict[str, Any]]:
-    """The history, newest first: what was asked, by whom, when, and what came of it. docs/contract.md, "History".
-
-    since: in seconds since 1970; None is from the beginning.
-    Raises StoreUnavailable.
-    """
+    """The history, newest first, or what there is `since` then, in seconds since 1970. Raises StoreUnavailable."""
     newest = sa.select(rebinds).order_by(rebinds.c.number.desc()).limit(limit)
     if since is not None:
         newest = newest.where(rebinds.c.event_time >= since)
@@ -105,14 +94,11 @@ def rfc3339(seconds: float) -> str:
 class Undo:
     """The way back from one rebind, in terms of a message and its record. docs/contract.md, "Undo"."""
 
-    rebind: Any
-    """Its row of history."""
-    matching: sa.ColumnElement[bool]
-    """Whether the rebind changed a message, which is still as it left it."""
+    rebind: Any  # its row of history
+    matching: sa.ColumnElement[bool]  # whether the rebind changed a message, which is still as it left it
     left_alone: sa.ColumnElement[bool]
     """Whether the rebind changed a message, which is neither as it left it nor back already."""
-    new: NewState
-    """What each message had."""
+    new: NewState  # what each message had
 
     def count_left(self, db: sa.Connection) -> int:
         """How many messages are left alone. Raises NothingToUndo unless all records of the rebind are there."""
@@ -172,15 +158,12 @@ def _rewritten(before: sa.ColumnElement[Any], left: sa.ColumnElement[Any]) -> sa
 
 
 def _as_left(meta: sa.ColumnElement[Any], now: float) -> sa.ColumnElement[bool]:
-    """Whether a message is in the queue and has what the rebind gave it.
-
-    If the event changed its envelope, a worker may have delivered to those whom it had before: they must not get the
-    mail again.
-    """
+    """Whether a message is in the queue and has what the rebind gave it."""
     return sa.and_(
         messages.c.queue == log.c.queue,
         sa.or_(_sender_stayed, messages.c.sender == log.c.new_sender),
         sa.or_(_recipient_stayed, messages.c.recipient == log.c.new_recipient),
+        # A worker may have delivered to earlier recipients: they must not get the mail again.
         sa.or_(_sender_stayed & _recipient_stayed, _not_attempted & (messages.c.leased_until <= now)),
         messages.c.meta == meta,
     )

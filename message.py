@@ -17,26 +17,16 @@ _ADDRESS = re.compile(rf'("([^"\\]|\\.)*"|[^\s"<>@[]+)@(\[[A-Za-z0-9.:-]+\]|{_LA
 
 @dataclass(slots=True)
 class Message:
-    """A message as a handler of the `rebind` event gets it.
+    """A message as a handler of the `rebind` event gets it: `sender`, `recipient` and `meta` are its to change."""
 
-    The handler may change `sender`, `recipient` and `meta`; the rest is read-only.
-    """
-
-    sender: str
-    """The envelope sender; empty for a bounce."""
-    recipient: str | list[str]
-    """The envelope recipient, or a list if there are several."""
-    meta: dict[str, Any]
-    """The metadata: any JSON."""
+    sender: str  # the envelope sender; empty for a bounce
+    recipient: str | list[str]  # the envelope recipient, or a list if there are several
+    meta: dict[str, Any]  # the metadata: any JSON
     id: str
-    queue: str
-    """The scheduled queue that it is in now."""
-    size: int
-    """The content's size, in bytes."""
-    created: float
-    """When it was received, in seconds since 1970."""
-    due: float
-    """When it is next eligible for delivery, in seconds since 1970."""
+    queue: str  # the scheduled queue that it is in now
+    size: int  # the content's size, in bytes
+    created: float  # when it was received, in seconds since 1970
+    due: float  # when it is next eligible for delivery, in seconds since 1970
     num_attempts: int
 
 
@@ -49,17 +39,12 @@ class NewMessage:
     recipient: str | list[str]
     content: bytes = b""
     meta: dict[str, Any] = field(default_factory=dict)
-    created: float | None = None
-    """When it was received, in seconds since 1970; None is now."""
-    due: float | None = None
-    """When it is eligible for delivery, in seconds since 1970; None is now."""
+    created: float | None = None  # when it was received, in seconds since 1970; None is now
+    due: float | None = None  # when it is eligible for delivery, in seconds since 1970; None is now
     num_attempts: int = 0
-    domain: str | None = None
-    """The domain that names its queue; None is the first recipient's."""
-    queue: str | None = None
-    """The queue that it is in; None is the one that its metadata names."""
-    source: str = ""
-    """Where it comes from, for error messages: a file and line."""
+    domain: str | None = None  # the domain that names its queue; None is the first recipient's
+    queue: str | None = None  # the queue that it is in; None is the one that its metadata names
+    source: str = ""  # where it comes from, for error messages: a file and line
 
 
 class Changes(NamedTuple):
@@ -81,10 +66,7 @@ def read_message(row: Any) -> Message:
 
 
 def changes(row: Any, message: Message) -> Changes:
-    """What differs between a message and the row that it was read from.
-
-    Raises TypeError and ValueError if the message cannot be stored.
-    """
+    """What differs from the row that a message was read from. Raises TypeError, ValueError if it cannot be stored."""
     sender = recipient = None
     if message.sender != row.sender:
         check_text(message.sender)
@@ -136,10 +118,7 @@ def check_address(text: str) -> None:
 
 
 def addresses_of(recipient: str | list[str]) -> list[str]:
-    """The addresses of a recipient, which may be without a domain, such as `Postmaster` (RFC 5321, section 4.5.1).
-
-    Raises ValueError if one of them could not be stored, or if there is none.
-    """
+    """The addresses of a recipient, some perhaps without a domain. Raises ValueError if they cannot be stored."""
     addresses = recipient if isinstance(recipient, list) else [recipient]
     for address in addresses:
         check_text(address)
@@ -231,8 +210,5 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: str) -> Any:
-    """The value of JSON from the tables.
-
-    Raises ValueError and RecursionError for what Python cannot read, such as a number of 5,000 digits.
-    """
+    """The value of JSON from the tables. Raises ValueError and RecursionError for what Python cannot read."""
     return _decoder.raw_decode(text.lstrip())[0]  # half the time of json.loads

@@ -28,8 +28,7 @@ class MessageRow(NamedTuple):
     due: float
     num_attempts: int
     domain: str
-    at: Any
-    """What the engine finds the message by."""
+    at: Any  # what the engine finds the message by
 
 
 MESSAGE_COLUMNS: list[sa.ColumnElement[Any]] = [
@@ -48,10 +47,8 @@ class Update(NamedTuple):
     domain: str
     meta: str
     queue: str
-    due: float
-    """In seconds since 1970."""
-    at: Any
-    """What the engine finds the message by."""
+    due: float  # in seconds since 1970
+    at: Any  # what the engine finds the message by
     new_sender: str | None
     new_recipient: str | None
     new_meta: str | None
@@ -70,12 +67,9 @@ class Selection:
 
     where: sa.ColumnElement[bool]
     limit: int | None = None
-    of_records: bool = False
-    """`where` picks a record of the log with each message."""
-    at_most: int | None = None
-    """How many there can be, if that is known."""
-    are_most: bool = False
-    """SQLite: they are most of all messages, which its planner does not know."""
+    of_records: bool = False  # `where` picks a record of the log with each message
+    at_most: int | None = None  # how many there can be, if that is known
+    are_most: bool = False  # SQLite: they are most of all messages, which its planner does not know
 
     def select(self, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
         """These columns of each."""
@@ -92,12 +86,9 @@ class Selection:
 class NewState:
     """What a rebind by data or an undo makes of each message, in SQL."""
 
-    values: Mapping[str, sa.ColumnElement[Any]]
-    """The new value of each column that may change."""
-    renames: bool
-    """Most messages will move."""
-    due_if_moved: bool
-    """`due` stays the same for messages that do not move."""
+    values: Mapping[str, sa.ColumnElement[Any]]  # the new value of each column that may change
+    renames: bool  # most messages will move
+    due_if_moved: bool  # `due` stays the same for messages that do not move
 
 
 Record = Mapping[str, sa.ColumnElement[Any]]
@@ -151,10 +142,7 @@ class Backend(Protocol):
     BEGIN_WRITE: str
 
     def connect_to(self, url: str, busy_timeout: float) -> sa.Engine:
-        """Connections to the database at `url`, each waiting at most `busy_timeout` seconds for others.
-
-        Raises ArgumentError, ImportError and ValueError for a URL that cannot be used.
-        """
+        """Connections that wait `busy_timeout` seconds for others. Raises ArgumentError, ImportError and ValueError."""
 
     def shown(self, url: str) -> str:
         """The store for people: its file, or its URL without a password."""
@@ -194,10 +182,7 @@ class Backend(Protocol):
     def update_all(
         self, db: sa.Connection, selection: Selection, new: NewState, rebind_id: str | None
     ) -> tuple[int, int]:
-        """Change messages by SQL alone, and write a record of each unless `rebind_id` is None.
-
-        Returns how many there were, and how many moved.
-        """
+        """The same by SQL alone: how many messages there were, and how many moved."""
 
     def update_each(self, db: sa.Connection, selection: Selection, decide: Decide, rebind_id: str | None) -> None:
         """Make each message what `decide` says, in batches, and write a record of each unless `rebind_id` is None."""

@@ -1,7 +1,4 @@
-"""The names of scheduled queues: parsed, built in Python and in SQL, and matched with criteria.
-
-docs/contract.md, "The name of a message's queue".
-"""
+"""The names of scheduled queues: parsed, built, and matched. docs/contract.md, "The name of a message's queue"."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -68,10 +65,7 @@ def _built(campaign: str | None, tenant: str | None, domain: str, routing_domain
 
 @dataclass(frozen=True)
 class Criteria:
-    """Which queues to pick: each criterion that is not None must equal that component of the queue's name.
-
-    Domains are compared without regard to case, as domain names are. docs/contract.md, "The request".
-    """
+    """Which queues to pick, by the parts of their names; domains in any case. docs/contract.md, "The request"."""
 
     campaign: str | None = None
     tenant: str | None = None
@@ -119,10 +113,7 @@ def queue_name(meta: Mapping[str, Any], domain: str) -> str:
 def new_name(
     meta_text: Callable[[str], sa.ColumnElement[str]], data: Mapping[str, str], unset: Collection[str]
 ) -> sa.ColumnElement[str]:
-    """`queue_name` in SQL, for each message with `data` set and the keys `unset` removed.
-
-    meta_text: the engine's expression for the string at a key of a message's metadata, NULL if there is none.
-    """
+    """`queue_name` in SQL, for each message with `data` set and `unset` removed. meta_text: see moving.Backend."""
 
     def component(key: str) -> sa.ColumnElement[str]:
         if key in data:

@@ -1,7 +1,4 @@
-"""PostgreSQL's way: connections, what its errors mean, expressions, and selecting and changing messages.
-
-See moving.Backend.
-"""
+"""PostgreSQL's way to do what moving.Backend lists."""
 
 import logging
 import re
@@ -19,6 +16,8 @@ from moving import Decide, MessageRow, NewState, Selection
 from store import StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable
 from tables import TOO_LONG, log, messages
 
+logging.getLogger("psycopg").addHandler(logging.NullHandler())  # or it prints what we say in our own words
+
 BEGIN_READ = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 BEGIN_WRITE = "BEGIN"
 
@@ -29,10 +28,10 @@ CONFLICT = ("40",)  # transaction rollback: a deadlock, a serialization failure
 REFUSED = ("22", "23", "54")  # data exception, integrity violation, a limit of the program
 OURS = ("log", "rebinds")  # tables whose rows no request can make wrong
 UNUSABLE = ("28", "3D", "3F", "42501")  # who we are, which database, which schema, no right
+READ_ONLY = "25006"
 # Connection lost, out of resources, a lock that was not to be had, an operator's intervention, the system's errors;
 # the timeouts of a transaction; a missing table or column (the database was made again); a damaged file.
-UNAVAILABLE = ("08", "53", "55", "57", "58", "25P03", "25P04", "42P01", "42703", "F0", "XX")
-logging.getLogger("psycopg").addHandler(logging.NullHandler())  # or it prints what we say in our own words
+UNAVAILABLE = (READ_ONLY, "08", "53", "55", "57", "58", "25P03", "25P04", "42P01", "42703", "F0", "XX")
 
 # Why a connection fails is told in words alone, without an SQLSTATE. These reasons do not pass by themselves. What a
 # server says in another language is not known here, and taken for one that may.
@@ -103,10 +102,10 @@ def meaning(error: sa.exc.DBAPIError) -> Exception | None:
         known = isinstance(error.orig, psycopg.OperationalError)
         return StoreUnavailable("the database is out of reach", reason) if known else None
     said = error.orig.diag.message_primary or state  # type: ignore[union-attr]
+    if state == READ_ONLY:
+        said = "it is a standby, a demoted primary or set to read-only"
     if state.startswith(CONFLICT):
         return StoreConflict(f"the database ended the transaction: {said}")
-    if state == "25006":
-        return StoreUnavailable("the server is read-only: it is a standby, or a primary that was demoted")
     if state.startswith(REFUSED) and error.orig.diag.table_name in OURS:  # type: ignore[union-attr]
         return StoreUnusable("the database refused a row of the service's own; docs/runbook.md says what to do", reason)
     if state.startswith(REFUSED):
@@ -272,10 +271,7 @@ def _update_batch(rebind_id: str | None) -> sa.Update | sa.Insert:
 
 @contextmanager
 def _pipeline(db: sa.Connection) -> Iterator[psycopg.Connection]:
-    """The driver's own connection, on which a statement does not wait for the one before it.
-
-    Its errors are turned into SQLAlchemy's, which has no pipeline.
-    """
+    """The driver's connection, on which no statement waits for the one before. Raises SQLAlchemy's errors."""
     driver: Any = db.connection.driver_connection
     try:
         with driver.pipeline():

@@ -39,12 +39,9 @@ class QueueSummary:
 
     queue: str
     messages: int
-    due: int
-    """How many of its messages are due now."""
-    oldest: float
-    """When the oldest of its messages was received, in seconds since 1970."""
-    attempts: int
-    """The most attempts that one of its messages has had."""
+    due: int  # how many of its messages are due now
+    oldest: float  # when the oldest of its messages was received, in seconds since 1970
+    attempts: int  # the most attempts that one of its messages has had
 
 
 class Loaded(NamedTuple):
@@ -254,12 +251,9 @@ def _matching(backend: Backend, db: sa.Connection, criteria: Criteria) -> sa.Col
 class Work(NamedTuple):
     """What a request asks for, in terms of this database."""
 
-    selection: Selection
-    """Which messages."""
-    change: NewState | Stream
-    """What becomes of each."""
-    undo: history.Undo | None = None
-    """If it takes back an earlier rebind."""
+    selection: Selection  # which messages
+    change: NewState | Stream  # what becomes of each
+    undo: history.Undo | None = None  # if it takes back an earlier rebind
 
 
 def _work(backend: Backend, db: sa.Connection, request: RebindRequest, now: float) -> Work:

@@ -1,7 +1,4 @@
-"""The values that travel: what is asked for, what came of it, and the plan of a dry run.
-
-docs/contract.md, "The request" and "Beyond the page".
-"""
+"""The values that travel: what is asked for, what came of it, and the plan of a dry run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,30 +15,20 @@ MAX_SHOWN = 200  # characters of a value in the diagnostic log
 class RebindRequest:
     """What is asked for: which messages to rebind, and how. docs/contract.md, "The request" and "Beyond the page"."""
 
-    reason: str
-    """Logged with every matched message."""
-    data: dict[str, str]
-    """The metadata to set, or what the event's handlers get."""
-    criteria: Criteria = ALL_QUEUES
-    """Which queues."""
+    reason: str  # logged with every matched message
+    data: dict[str, str]  # the metadata to set, or what the event's handlers get
+    criteria: Criteria = ALL_QUEUES  # which queues
     trigger_rebind_event: bool = False
     """Call the `rebind` event with each message and `data`, instead of setting `data`."""
-    always_flush: bool = False
-    """Make every matched message due now, not only those whose queue changed."""
-    suppress_logging: bool = False
-    """Write no AdminRebind records."""
-    dry_run: bool = False
-    """Only plan: change, record and keep nothing; the event's handlers are called."""
-    limit: int | None = None
-    """Handle at most this many messages, soonest due first."""
-    unset: tuple[str, ...] = ()
-    """Keys to remove from the metadata."""
-    undo: str | None = None
-    """The id of a rebind to take back."""
+    always_flush: bool = False  # make every matched message due now, not only those whose queue changed
+    suppress_logging: bool = False  # write no AdminRebind records
+    dry_run: bool = False  # only plan: change, record and keep nothing; the event's handlers are called
+    limit: int | None = None  # handle at most this many messages, soonest due first
+    unset: tuple[str, ...] = ()  # keys to remove from the metadata
+    undo: str | None = None  # the id of a rebind to take back
     idempotency_key: str | None = None
     """A request with the same key is answered once, and repeated answers are the same."""
-    actor: str = ""
-    """Who asks: a user's name, or an address."""
+    actor: str = ""  # who asks: a user's name, or an address
 
     def asked(self) -> dict[str, Any]:
         """All that was asked, as the history keeps it; what was left out is missing."""
@@ -67,12 +54,9 @@ class Plan:
     """What a rebind does to messages, or with a dry run would do."""
 
     matched: int
-    moved: int
-    """How many of them change their queue."""
-    moves: list[Move]
-    """From which queue to which other one, the largest first, at most MAX_MOVES."""
-    more: int
-    """How many entries were left out."""
+    moved: int  # how many of them change their queue
+    moves: list[Move]  # from which queue to which other one, the largest first, at most MAX_MOVES
+    more: int  # how many entries were left out
 
     @classmethod
     def of(cls, pairs: Mapping[tuple[str, str], int]) -> Self:
@@ -87,18 +71,13 @@ class Plan:
 class RebindResult:
     """What a rebind did, or with a dry run would do."""
 
-    matched: int
-    """How many messages were handled."""
-    moved: int
-    """How many of them are in another queue now."""
-    flushed: int
-    """How many of them were made due now."""
+    matched: int  # how many messages were handled
+    moved: int  # how many of them are in another queue now
+    flushed: int  # how many of them were made due now
     left: int | None = None
     """Of an undo: how many messages of the first rebind have moved on or are gone, and are left alone."""
-    rebind_id: str | None = None
-    """A UUID, on every record and in the history; None for a dry run."""
-    plan: Plan | None = None
-    """Of a dry run: from which queue to which queue how many would go."""
+    rebind_id: str | None = None  # A UUID, on every record and in the history; None for a dry run
+    plan: Plan | None = None  # of a dry run: from which queue to which queue how many would go
 
     def in_a_line(self) -> str:
         """For the diagnostic log."""

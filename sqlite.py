@@ -1,7 +1,4 @@
-"""SQLite's way: connections, what its errors mean, expressions, and selecting and changing messages.
-
-See moving.Backend.
-"""
+"""SQLite's way to do what moving.Backend lists."""
 
 import codecs
 import errno
@@ -45,6 +42,9 @@ UNAVAILABLE = {
 }
 REFUSED = {sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
 DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+# Where SQLite looks for a folder for temporary files, which a large rebind needs (https://www.sqlite.org/tempfiles.html).
+TEMPORARY = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp", ".")  # noqa: S108
+NO_TEMPORARY = "SQLite has no folder for temporary files: set SQLITE_TMPDIR to one that it can write to"
 # Of the file: what does not mend itself.
 WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EACCES}
 
@@ -75,10 +75,7 @@ def connect_to(url: str, busy_timeout: float) -> sa.Engine:
 
 
 class StoreFile:
-    """The database's file, as long as it is the one that was there first.
-
-    A new file at its place would be read together with the old one's -wal, and so be damaged.
-    """
+    """The database's file, as long as it is the first one: another would be read with the first one's -wal."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -119,10 +116,7 @@ def _set_up(connection: Any, busy_timeout: float) -> None:
 
 
 def _lenient(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Text that is not UTF-8 must not keep everybody from reading the rest.
-
-    Half a character, as a sender can write it with JSON's escapes, is kept, so that its queue is found by its name.
-    """
+    """Read what is not UTF-8 somehow. Half a character, from JSON's escapes, is kept, so that its queue is found."""
     try:
         return codecs.lookup_error("surrogatepass")(error)
     except UnicodeError:
@@ -154,6 +148,8 @@ def open_file(url: str, create: bool) -> None:
     # included (https://www.sqlite.org/howtocorrupt.html, 2.2). A new one is readable by its own user only.
     file = shown(url)
     try:
+        if create and not any(os.access(folder, os.W_OK | os.X_OK) for folder in TEMPORARY if folder):
+            raise StoreUnusable(NO_TEMPORARY)
         if create:
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         elif not Path(file).exists():
@@ -176,7 +172,7 @@ def meaning(error: sa.exc.DBAPIError) -> Exception | None:
     if code in DAMAGED:
         return StoreDamaged(f"the file is damaged, or is not a database: {reason}")
     if error.orig.sqlite_errorcode == sqlite3.SQLITE_IOERR_GETTEMPPATH:  # type: ignore[union-attr]
-        return StoreUnusable("SQLite has no folder for temporary files: set SQLITE_TMPDIR to one that it can write to")
+        return StoreUnusable(NO_TEMPORARY)
     if code in UNAVAILABLE or "no such table" in reason:
         return StoreUnavailable(f"the database cannot do this now: {reason}")
     return None

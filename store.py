@@ -1,7 +1,4 @@
-"""The database: its connections, its transactions, and what its errors mean.
-
-What a rebind means is in queues.py, not here.
-"""
+"""The database: its connections, its transactions, and its errors. What a rebind means is in queues.py, not here."""
 
 import json
 from collections.abc import Iterator
@@ -22,10 +19,7 @@ MAX_WAIT = 86_400  # seconds: within what both engines, and TCP's timers, can co
 
 
 class StoreError(Exception):
-    """What the database cannot do. Its text may be shown to anybody.
-
-    reason: the rest, for the log and for those who work on this host: it may name the server.
-    """
+    """What the database cannot do. Its text is for anybody; `reason`, for this host alone, may name the server."""
 
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
@@ -86,10 +80,7 @@ class Database:
         return self._transaction(self._autocommit)
 
     def begin_read(self) -> AbstractContextManager[sa.Connection]:
-        """A transaction that changes nothing, waits for no writer, and sees everything as it was at one moment.
-
-        Raises StoreUnavailable.
-        """
+        """A transaction that changes nothing, waits for no writer, and sees one moment. Raises StoreUnavailable."""
         return self._transaction(self._reading)
 
     def begin_write(self) -> AbstractContextManager[sa.Connection]:

@@ -1,8 +1,4 @@
-"""The tables, which are a public interface: docs/tables.md describes every column.
-
-Senders add messages and delivery workers remove them, in any language, while rebinds run (docs/contract.md, "Messages
-come and go").
-"""
+"""The tables, a public interface for senders and workers in any language: docs/tables.md describes every column."""
 
 from contextlib import suppress
 from typing import Any

@@ -51,6 +51,18 @@ def _marked_engines(item: pytest.Item) -> list[str | None]:
     return [engine for engine in ENGINES if _engine_of(item) and item.get_closest_marker(engine)]
 
 
+# The service must not depend on what a role, a database or a server sets.
+ODD_SETTINGS = {
+    "extra_float_digits": "-15",
+    "DateStyle": "SQL, DMY",
+    "bytea_output": "escape",
+    "standard_conforming_strings": "off",
+    "IntervalStyle": "sql_standard",
+    "TimeZone": "Asia/Kathmandu",
+    "default_transaction_isolation": "serializable",
+}
+
+
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """The URL of a real PostgreSQL server that belongs to this process's tests alone.
@@ -61,7 +73,9 @@ def postgresql() -> Iterator[str]:
     # Not below pytest's folder: if the tests run as root, the user that PostgreSQL runs as cannot open that.
     with TemporaryDirectory() as folder, get_server(folder) as server:
         # No test cuts the power, and none needs statistics that change while it runs.
-        server.psql("ALTER SYSTEM SET fsync = off; ALTER SYSTEM SET autovacuum = off; SELECT pg_reload_conf();")
+        settings = {"fsync": "off", "autovacuum": "off"} | ODD_SETTINGS
+        alterations = "; ".join(f"ALTER SYSTEM SET {name} = '{value}'" for name, value in settings.items())
+        server.psql(f"{alterations}; SELECT pg_reload_conf();")
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
 
 

@@ -23,7 +23,8 @@ numbers = itertools.count(1)
 @functools.cache
 def engine_for(url: str) -> Engine:
     """The tests' own connections to a database, apart from the registry's. They wait for no lock for ever."""
-    waits = {"timeout": PATIENCE} if url.startswith("sqlite") else {"options": f"-c lock_timeout={PATIENCE}s"}
+    settings = f"-c lock_timeout={PATIENCE}s -c extra_float_digits=1 -c standard_conforming_strings=on"
+    waits = {"timeout": PATIENCE} if url.startswith("sqlite") else {"options": settings}
     return create_engine(url, pool_pre_ping=True, connect_args=waits)
 
 

@@ -38,20 +38,13 @@ class SlowRebind:
 def slow_rebind(
     ask: Callable[..., requests.Response], queues: QueueRegistry, folder: Path, **options: Any
 ) -> Iterator[SlowRebind]:
-    """Load MESSAGES messages and rebind them as `held` does, at the last of them."""
-    new = [message(meta={"queue": "a"}) for _ in range(MESSAGES)]
-    queues.load(new)
-    with held(ask, new[-1].id, folder, **options) as slow:
-        yield slow
-
-
-@contextmanager
-def held(ask: Callable[..., requests.Response], at: str, folder: Path, **options: Any) -> Iterator[SlowRebind]:
-    """While this lasts, a rebind by the event waits in its handler, at the message with the id `at`.
+    """Load MESSAGES messages. While this lasts, a rebind of them by the event waits in its handler, at the last one.
 
     ask: sends the request; it takes the fields of the body.
     """
-    data = {"queue": "b", "wait_at": at, "folder": str(folder)}
+    new = [message(meta={"queue": "a"}) for _ in range(MESSAGES)]
+    queues.load(new)
+    data = {"queue": "b", "wait_at": new[-1].id, "folder": str(folder)}
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, data=data, trigger_rebind_event=True, **options)
         try:

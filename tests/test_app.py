@@ -74,11 +74,8 @@ def test_the_answer_is_an_empty_object_and_headers_that_say_what_was_done(
 ) -> None:
     queues.load([message(meta={"queue": name}) for name in ("a", "b", "b")])
     response = service.rebind(data={"queue": "b"})
-    assert (response.status_code, response.headers["Content-Type"], response.content) == (
-        200,
-        "application/json",
-        b"{}\n",
-    )
+    said = (response.status_code, response.headers["Content-Type"], response.content)
+    assert said == (200, "application/json", b"{}\n")
     (row,) = history(url)
     counts = {"Rebind-Matched": "3", "Rebind-Moved": "1", "Rebind-Flushed": "1"}
     assert rebind_headers(response) == {"Rebind-Id": row["rebind_id"]} | counts
@@ -156,12 +153,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, Any, Any]] = {
     "twice": ({"path": f"{PATH}?limit=1&limit=1"}, 400, NOT_UNDERSTOOD, {"limit": ["Given more than once."]}),
     "no name": ({"path": f"{PATH}?="}, 400, NOT_UNDERSTOOD, {"": ["Unknown field."]}),
     "no UTF-8 in the query": ({"path": f"{PATH}?%FF=%FF"}, 400, NOT_UNDERSTOOD, {"%FF": ["Unknown field."]}),
-    "two keys": (
-        {"headers": [JSON, 'Idempotency-Key: "a"', 'Idempotency-Key: "b"']},
-        400,
-        NOT_UNDERSTOOD,
-        NO_KEY,
-    ),
+    "two keys": ({"headers": [JSON, 'Idempotency-Key: "a"', 'Idempotency-Key: "b"']}, 400, NOT_UNDERSTOOD, NO_KEY),
     "no body": ({"body": b""}, 400, "the body is not valid JSON: Expecting value: line 1 column 1 (char 0)", None),
     "no UTF-8": (
         {"body": BODY.replace(b"a test", b"\xff")},
@@ -248,17 +240,14 @@ def post(service: Service, length: int, chunked: bool) -> requests.Response:
 
 @pytest.mark.sqlite
 @pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "chunked"])
-def test_a_body_of_exactly_1_mib_is_read(queues: QueueRegistry, service: Service, chunked: bool) -> None:
+def test_a_body_of_exactly_1_mib_is_read_and_a_larger_one_refused(
+    queues: QueueRegistry, url: str, service: Service, chunked: bool
+) -> None:
     queues.load([message()])
+    for length in (MIB + 1, 3 * MIB):
+        with nothing_changes(url):
+            assert is_problem(post(service, length, chunked), 413, "the body is larger than 1 MiB")
     assert done(post(service, MIB, chunked)) == (1, 1, 1)
-
-
-@pytest.mark.sqlite
-@pytest.mark.usefixtures("unchanged")
-@pytest.mark.parametrize("length", [MIB + 1, MIB + 2, 3 * MIB])
-@pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "chunked"])
-def test_a_body_of_more_than_1_mib_is_refused(service: Service, chunked: bool, length: int) -> None:
-    assert is_problem(post(service, length, chunked), 413, "the body is larger than 1 MiB")
 
 
 # What the registry raises

@@ -88,14 +88,12 @@ ON_HOLD = [
     "a.example!hold.invalid",
     "INVALID",
     "Relay.Invalid:2525",
-    "invalid:25",
     "c:t@d!hold.invalid",
 ]
 NOT_ON_HOLD = [
     "notinvalid",
     "invalid.example",
     "x.invalid!relay.example",
-    "invalid@a.example",
     "invalid:t@a.example",
     "a.example!",
 ]

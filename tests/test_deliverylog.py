@@ -50,12 +50,18 @@ def test_records_say_what_each_rebind_made_of_a_message_whatever_became_of_it_la
     assert [tuple(record[name] for name in said) for record in logged(url)] == expected
 
 
+ADDRESSES = ["192.0.2.1", "192.0.2.1:25", "[2001:db8::1]:25", "/run/smtp"]
+NO_ADDRESSES = ["localhost.", "fe80::1%eth0", "[fe80::1%eth0]:25", "192.0.2.1:99999", "[2001:db8::1]", ""]
+
+
 @pytest.mark.parametrize(
     ("details", "shown"),
     [
         pytest.param({"peer_address": {"name": "a", "addr": "::1"}, "site": "a", "tls_cipher": "x"}, None, id="taken"),
         pytest.param(dict.fromkeys(deliverylog.OWN_FIELDS, 99999), {}, id="what the columns say"),
-        pytest.param({"peer_address": {"name": "a", "addr": "localhost."}}, {}, id="an address that is a name"),
+        *(pytest.param({"peer_address": {"name": "a", "addr": addr}}, None, id=addr) for addr in ADDRESSES),
+        *(pytest.param({"peer_address": {"name": "a", "addr": addr}}, {}, id=addr) for addr in NO_ADDRESSES),
+        pytest.param({"peer_address": {"addr": "::1"}}, {}, id="an address without a name"),
         pytest.param({"peer_address": "::1"}, {}, id="an address that is not an object"),
     ],
 )

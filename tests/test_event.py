@@ -284,19 +284,12 @@ def test_ctrl_c_ends_a_command_while_its_handler_runs(queues: QueueRegistry, url
     assert rebind.handlers == [handler]
 
 
-def test_a_policy_and_its_handlers_stay(tmp_path: Path) -> None:
-    file = tmp_path / "site.py"
-    file.write_text("from event import rebind\n\n@rebind.connect\ndef handler(message, data):\n    pass\n")
-    event.load_policy(str(file))
+def test_a_policy_is_named_by_any_path_and_its_handlers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("site.py").write_text("from event import rebind\n\n@rebind.connect\ndef handler(message, data):\n    pass\n")
+    event.load_policy("site.py")
     gc.collect()
     assert [(handler.__module__, handler.__qualname__) for handler in rebind.handlers] == [("rebind_policy", "handler")]
-
-
-def test_a_policy_may_be_named_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "site.py").write_text("from event import rebind\nrebind.connect(print)\n")
-    monkeypatch.chdir(tmp_path)
-    event.load_policy("site.py")
-    assert rebind.handlers == [print]
 
 
 @pytest.mark.parametrize(
@@ -304,13 +297,10 @@ def test_a_policy_may_be_named_by_a_relative_path(tmp_path: Path, monkeypatch: p
     [
         (None, "FileNotFoundError: "),
         ("def handler(message data):\n", "SyntaxError: "),
-        ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("from event import no_such_name\n", "ImportError: cannot import name 'no_such_name'"),
         ("raise RuntimeError('not today')\n", "RuntimeError: not today"),
-        ("a = '\0'\n", "SyntaxError: |ValueError: "),
         ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "SyntaxError: |ValueError: "),
     ],
-    ids=["missing", "syntax", "import", "from import", "raising", "NUL", "no UTF-8"],
+    ids=["missing", "syntax", "raising", "no UTF-8"],
 )
 def test_a_policy_that_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path, text: str | None, reason: str) -> None:
     file = tmp_path / "site.py"

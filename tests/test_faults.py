@@ -1,37 +1,28 @@
-"""Faults in the middle of a rebind, at each moment: killed processes, failing statements, cut connections, full disks.
+"""Faults at each moment of a rebind: killed processes, failing statements, cut connections, full databases.
 
 After each, `outcome` looks from outside: no message is lost or doubled, and the rebind was done as a whole or not at
 all, its records too; then the next rebind is done.
 """
 
 import json
-import os
 import signal
-import socket
 import sqlite3
-import struct
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import psycopg
 import pytest
-import requests
 from answers import done, is_unavailable
-from databases import contents, empty, engine_for, history, listening, logged, new_database, run_sql, stored
+from databases import contents, empty, engine_for, history, listening, logged, run_sql, stored
 from doomed import before_each_statement
 from factories import ask, counts, message, set_data
 from links import Link
-from services import PATH, ROOT, SITE_POLICY, Service, Start
-from slow import held
+from services import ROOT, Start
 from sqlalchemy import text
 from waiting import PATIENCE, until
 
@@ -41,7 +32,6 @@ from queues import QueueRegistry
 from rebinding import RebindResult
 from store import StoreUnavailable
 
-MESSAGES = 2 * BATCH + 200  # in queue `a`; the event's handlers get them in three batches
 BYSTANDERS = 10  # in another queue, that no rebind of the tests matches
 LONG = "r" * 2000  # a reason that makes the records of a rebind larger than what there is room for
 
@@ -103,26 +93,11 @@ def as_moved(row: dict[str, Any]) -> dict[str, Any]:
     return row | change | {"due": None}
 
 
-def works_again(service: Service, url: str) -> None:
-    """Assert that the next request does all it should."""
-    before = books(url)
-    answer = service.rebind(domain="b" if before.messages[0]["queue"] == "b" else "a", data={"queue": "next"})
-    assert done(answer) == (MESSAGES,) * 3
-    after = books(url)
-    assert Counter(row["queue"] for row in after.messages) == {"next": MESSAGES, "other": BYSTANDERS}
-    assert len(after.records) == len(before.records) + MESSAGES
-
-
-def fill(queues: QueueRegistry, url: str, count: int = MESSAGES) -> Books:
+def fill(queues: QueueRegistry, url: str, count: int) -> Books:
     """Load messages to rebind, and some that are not. Returns the books, before anything goes wrong."""
     new = [message(meta={"queue": "a"}) for _ in range(count)]
     queues.load(new + [message(meta={"queue": "other"}) for _ in range(BYSTANDERS)])
     return books(url)
-
-
-@pytest.fixture
-def before(queues: QueueRegistry, url: str) -> Books:
-    return fill(queues, url)
 
 
 # One rebind, at each of its statements
@@ -264,14 +239,15 @@ def test_a_process_that_is_killed_leaves_all_or_nothing_and_the_retry_gives_the_
 @pytest.mark.postgresql
 @pytest.mark.parametrize(("lost", "left"), [("to the server", "nothing"), ("to the client", "done")])
 def test_if_the_connection_is_lost_at_the_commit_the_answer_says_that_it_may_have_been_done(
-    before: Books, url: str, link: Link, start: Start, lost: str, left: Outcome
+    queues: QueueRegistry, url: str, link: Link, start: Start, lost: str, left: Outcome
 ) -> None:
+    before = fill(queues, url, 3)
     service = start("--workers", "1", url=link.url)
     link.cuts = lost
     lost_answer = "the answer to the commit was lost: all was done or nothing; send it again with its Idempotency-Key"
     assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}), lost_answer)
     assert outcome(before, url) == left
-    works_again(service, url)
+    assert done(service.rebind(domain="b" if left == "done" else "a", data={"queue": "next"})) == (3, 3, 3)
 
 
 @pytest.mark.slow
@@ -302,112 +278,3 @@ def test_a_database_with_no_page_to_spare_changes_nothing_until_it_has(
         assert outcome(before, site) == "nothing"
     assert pages > used
     assert outcome(before, site) == "done"
-
-
-# The service
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [0, MESSAGES - 1], ids=["first", "last"])
-def test_a_worker_that_is_killed_in_a_handler_is_replaced_and_leaves_nothing_of_the_rebind(
-    service: Service, before: Books, url: str, tmp_path: Path, at: int
-) -> None:
-    with held(service.rebind, before.messages[at]["id"], tmp_path, domain="a") as slow:
-        os.kill(slow.worker, signal.SIGKILL)
-        with pytest.raises(requests.ConnectionError):
-            slow.answer.result()
-    assert outcome(before, url) == "nothing"
-    works_again(service, url)
-
-
-SMALL = 24 * 2**20  # bytes of a disk that can be filled
-
-
-@pytest.fixture
-def small_disk(url: str) -> Iterator[tuple[str, Path]]:
-    """A database of the same kind on a disk of its own, and the folder where the disk is mounted."""
-    with TemporaryDirectory() as temporary:
-        disk = Path(temporary) / "disk"
-        disk.mkdir()
-        Path(temporary).chmod(0o755)  # also for the user that PostgreSQL runs as
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL},mode=777", "rebind-test", str(disk)]
-        if subprocess.run(mount, check=False, capture_output=True).returncode:
-            pytest.skip("a disk of its own can be mounted by root alone")
-        try:
-            with tablespace(url, disk) as options, new_database(url, disk, options) as new:
-                yield new, disk
-                engine_for(new).dispose()
-        finally:
-            subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-@contextmanager
-def tablespace(url: str, disk: Path) -> Iterator[str]:
-    """What puts the tables of a new PostgreSQL database on the disk; SQLite's file needs nothing of the kind."""
-    if url.startswith("sqlite"):
-        yield ""
-        return
-    folder = disk / "tables"
-    folder.mkdir()
-    with engine_for(url).connect().execution_options(isolation_level="AUTOCOMMIT") as db:
-        data = Path(str(db.scalar(text("SHOW data_directory")))).stat()
-        os.chown(folder, data.st_uid, data.st_gid)
-        db.execute(text(f"CREATE TABLESPACE small LOCATION '{folder}'"))
-        yield "TABLESPACE small"
-        db.execute(text("DROP TABLESPACE small"))
-
-
-def test_a_full_disk_is_503_and_works_again_when_there_is_room(
-    small_disk: tuple[str, Path], queues: QueueRegistry, start: Start, tmp_path: Path
-) -> None:
-    """Before the event's first batch is written, and between two batches with less room."""
-    url, disk = small_disk
-    queues.bind(url, busy_timeout=PATIENCE)
-    queues.prepare()
-    before = fill(queues, url)
-    service = start("--workers", "1", url=url, REBIND_POLICY=SITE_POLICY)
-    for at, room in ((0, 300_000), (BATCH + 1, 0)):
-        folder = tmp_path / f"{room}"
-        folder.mkdir()
-        with held(service.rebind, before.messages[at]["id"], folder, domain="a", reason=LONG) as slow:
-            fill_up(disk, room)
-            assert is_unavailable(slow.let_go())
-        assert is_unavailable(service.rebind(domain="a", data={"queue": "b"}, reason=LONG))
-        (disk / "filler").unlink()
-        assert outcome(before, url) == "nothing"
-    works_again(service, url)
-
-
-def fill_up(disk: Path, room: int) -> None:
-    """Use up the disk except for so many bytes."""
-
-    def filled() -> bool:
-        state = os.statvfs(disk)
-        with (disk / "filler").open("wb") as filler, suppress(OSError):  # the server may be writing, too
-            os.posix_fallocate(filler.fileno(), 0, state.f_bavail * state.f_frsize - room)
-            return True
-        return False
-
-    until(filled)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-def test_a_rebind_whose_client_has_gone_is_finished(
-    service: Service, before: Books, url: str, tmp_path: Path, reset: bool
-) -> None:
-    data = {"queue": "b", "wait_at": before.messages[BATCH]["id"], "folder": str(tmp_path)}
-    fields = {"reason": "a test", "domain": "a", "data": data, "trigger_rebind_event": True}
-    body = json.dumps(fields).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    line = f'"POST {PATH} HTTP/1.1" '
-    answered = service.output.read_text().count(line)
-    with socket.create_connection(service.address) as client:
-        client.sendall(head.encode() + body)
-        until(lambda: any(tmp_path.glob("[0-9]*")))
-        if reset:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    (tmp_path / "go").touch()
-    until(lambda: service.output.read_text().count(line) == answered + 1)
-    assert outcome(before, url) == "done"
-    works_again(service, url)

@@ -6,18 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from databases import (
-    history,
-    logged,
-    nothing_changes,
-    stored,
-)
-from factories import ask, change_all, connected_to, counts, message
+from databases import history, logged, nothing_changes, run_sql, stored
+from factories import ask, change_all, connected_to, message
 from waiting import PATIENCE
 
-from event import HandlerFailed, rebind
+from event import rebind
 from history import NODEID, KeyReused
-from message import Message
 from queues import QueueRegistry
 from rebinding import RebindResult
 
@@ -72,16 +66,6 @@ def test_a_key_cannot_be_used_by_a_different_request(queues: QueueRegistry, url:
     ask(queues, **same)
     with nothing_changes(url), pytest.raises(KeyReused):
         ask(queues, **(same | other))
-
-
-def test_a_request_that_failed_does_not_use_its_key(queues: QueueRegistry) -> None:
-    def fail(message: Message, data: dict[str, str]) -> None:
-        raise RuntimeError("not today")
-
-    queues.load([message()])
-    with connected_to(fail), pytest.raises(HandlerFailed):
-        ask(queues, trigger_rebind_event=True, idempotency_key="k")
-    assert counts(ask(queues, {"tenant": "t"}, idempotency_key="k")) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("way", ["data", "undo"])
@@ -146,3 +130,10 @@ def test_the_history_says_who_asked_for_what_and_what_was_done(queues: QueueRegi
         "left_alone": None,
     }
     assert row["event_time"] == stored(url)[0]["due"]
+
+
+def test_the_history_is_in_the_order_of_what_was_done_whatever_the_clock_says(queues: QueueRegistry, url: str) -> None:
+    done = [ask(queues, {"n": number}).rebind_id for number in "123"]
+    run_sql(url, f"UPDATE rebinds SET event_time = event_time + 7200 WHERE rebind_id = '{done[0]}'")
+    assert [row["rebind_id"] for row in queues.rebinds_done()] == done[::-1]
+    assert queues.rebinds_done(limit=1)[0]["rebind_id"] == done[-1]

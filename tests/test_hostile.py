@@ -60,13 +60,6 @@ def test_about_the_depth_that_can_just_be_read_nothing_breaks(wire: Service) -> 
             assert is_problem(response, 422, SHOULD_BE, {"data": {"queue": {"value": ["Not a valid string."]}}})
 
 
-@pytest.mark.usefixtures("unchanged")
-def test_as_many_wrong_keys_as_the_body_holds_are_refused(wire: Service) -> None:
-    names = [f"{n:x}" for n in range(80_000)]
-    response = wire.post(json.dumps(FIELDS | dict.fromkeys(names, 1)).encode())
-    assert is_problem(response, 422, SHOULD_BE, {name: ["Unknown field."] for name in names})
-
-
 # Bytes on the wire
 
 
@@ -168,25 +161,12 @@ def test_what_ends_before_it_is_a_request_is_closed(wire: Service, url: str, raw
     assert serves_others(wire)
 
 
-def test_garbage_after_a_request_is_no_part_of_it(wire: Service, url: str) -> None:
-    dry = head(LENGTH, line=DRY) + BODY
-    with nothing_changes(url):
-        assert exchange(wire, dry + b"\0\1\2 garbage\r\n\r\n") == [200, 400]
-    assert serves_others(wire)
-
-
 def test_what_follows_a_body_that_was_not_read_is_no_request(wire: Service, url: str) -> None:
     """Where the first request is refused unread, its body must not be taken for the next request."""
     smuggled = head(LENGTH) + BODY
     with nothing_changes(url):
         assert exchange(wire, head(b"Content-Length: %d" % len(smuggled), line=b"POST / HTTP/1.1") + smuggled) == [404]
     assert serves_others(wire)
-
-
-def test_requests_on_one_connection_are_answered_one_by_one(wire: Service, url: str) -> None:
-    dry = head(LENGTH, line=DRY) + BODY
-    with nothing_changes(url):
-        assert exchange(wire, dry * 20) == [200] * 20
 
 
 HARMLESS = {

@@ -1,5 +1,6 @@
 """Tests of hosts, roles and poolers that are not like ours."""
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from factories import ask, connected_to, message, settled, undo
 from servers import Server
 from services import ROOT, free_port
 from sqlalchemy import text
+from terminal import PROGRAM
 from waiting import PATIENCE, until
 
 from delivery import claim
@@ -169,7 +171,7 @@ def test_a_log_whose_numbers_are_behind_is_no_fault_of_the_request(queues: Queue
     """docs/runbook.md has the cure."""
     queues.load([message()])
     ask(queues, {"tenant": "t"})
-    run_sql(url, "SELECT setval('log_key_seq', 1, false)")
+    run_sql(url, "SELECT setval('log_key_seq', max(key), false) FROM log")
     with pytest.raises(StoreUnusable, match="a row of the service's own"):
         ask(queues, {"tenant": "u"})
     run_sql(url, *re.findall(r"SELECT setval\(.*;", (ROOT / "docs" / "runbook.md").read_text()))
@@ -219,30 +221,81 @@ def is_reached(queues: QueueRegistry) -> bool:
     return False
 
 
+# A URL that means something else than it says
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("sqlite:////tmp/a?b.db", "after sqlite:/// must be the name of a file"),
+        ("sqlite:////tmp/a.db?", "after sqlite:/// must be the name of a file"),
+        ("postgresql+psycopg://u:p@ss@host/db", "write an @ in the password as %40"),
+    ],
+)
+def test_a_url_of_which_a_part_would_be_lost_is_refused(url: str, reason: str) -> None:
+    with pytest.raises(StoreUnusable, match=f"the database URL cannot be used: {reason}") as refused:
+        QueueRegistry().bind(url, PATIENCE)
+    assert "ss@" not in refused.value.in_full
+
+
 # A host without a folder for temporary files
 
 
 READ_ONLY_ROOT = """
 mount --bind {store} /mnt
 for folder in /tmp /var/tmp; do mount --bind $folder $folder && mount -o remount,bind,ro $folder; done
-cd /var/tmp && exec {flask} rebind --everything --reason r --set tenant=t --limit 1
+cd /var/tmp && exec {python} {program}
 """
+REBIND = f"-m flask --app {ROOT / 'wsgi.py'} rebind --everything --reason r --set tenant=t --limit 1"
+NO_FOLDER = "SQLite has no folder for temporary files: set SQLITE_TMPDIR to one that it can write to"
 
 
 @pytest.mark.sqlite
-def test_a_missing_folder_for_temporary_files_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("program", "says"), [(REBIND, (1, "Error: ")), ("-m wsgi", (4, "rebind cannot start: "))], ids=["command", "start"]
+)
+def test_a_missing_folder_for_temporary_files_is_named(tmp_path: Path, program: str, says: tuple[int, str]) -> None:
     bound(f"sqlite:///{tmp_path}/queues.db").load(message(meta={"large": "x" * 100_000}) for _ in range(50))
-    script = READ_ONLY_ROOT.format(store=tmp_path, flask=f"{sys.executable} -m flask --app {ROOT / 'wsgi.py'}")
+    script = READ_ONLY_ROOT.format(store=tmp_path, python=sys.executable, program=program)
     done = subprocess.run(
         [needs("unshare"), "--mount", "sh", "-ec", script],
         env={"PATH": os.environ["PATH"], "REBIND_DATABASE_URL": "sqlite:////mnt/queues.db", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr.splitlines()) == (
-        1,
-        ["Error: SQLite has no folder for temporary files: set SQLITE_TMPDIR to one that it can write to"],
+    assert (done.returncode, done.stderr) == (says[0], f"{says[1]}{NO_FOLDER}\n")
+
+
+# A server that takes no messages
+
+
+FAILURES = {
+    "no right": "CREATE ROLE odd LOGIN; GRANT SELECT ON schema_version, messages TO odd",
+    "read-only": "CREATE ROLE odd SUPERUSER LOGIN; ALTER ROLE odd SET default_transaction_read_only = on",
+    "a table that refuses": "CREATE ROLE odd SUPERUSER LOGIN; ALTER TABLE contents ADD CHECK (data = '')",
+}
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_whatever_fails_while_messages_are_loaded_is_told_in_one_line(server: Server, failure: str) -> None:
+    server.start()
+    bound(server.url()).database.close()
+    run_sql(server.url(), failure)
+    lines = "".join(
+        json.dumps({"id": str(n), "message": {"sender": "", "recipient": "ada@example.com", "data": "Hello"}}) + "\n"
+        for n in range(2000)
     )
+    done = subprocess.run(
+        [*PROGRAM, "load", "-"],
+        env=os.environ | {"REBIND_DATABASE_URL": server.url(user="odd")},
+        cwd=ROOT,
+        input=lines,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done.stderr
 
 
 # Readers of the log

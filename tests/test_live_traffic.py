@@ -97,10 +97,7 @@ def test_the_ledger_is_exact_while_messages_come_and_go_and_operators_retry_and_
         id: (record["queue"], record["meta"]) for id, record in last.items() if id in left
     }
     assert taken == {id: last[id]["meta"] if id in last else {} for id in taken}
-    undone = [each for each in asked if "undo" in each.query and each.matched]
-    handled = sum(each.matched for each in asked)
-    print(f"{len(ids)} messages in, {len(taken)} taken away, {len(asked)} rebinds of {handled}, {len(undone)} undos")
-    assert undone
+    assert any("undo" in each.query and each.matched for each in asked)
 
 
 def party(role: str, url: str, seed: int) -> subprocess.Popen[str]:
@@ -241,11 +238,6 @@ def last_stored(url: str) -> str:
         return str(db.scalar(text("SELECT id FROM messages ORDER BY ctid DESC LIMIT 1")))
 
 
-def not_locked(db: Connection) -> list[str]:
-    """Lock the messages that nobody else holds, and give their ids."""
-    return list(db.scalars(text("SELECT id FROM messages FOR UPDATE SKIP LOCKED")))
-
-
 @pytest.fixture
 def rebinding(queues: QueueRegistry) -> Iterator[Callable[..., Future[RebindResult]]]:
     """Start a rebind; the event's handler does what a rebind without the event does."""
@@ -338,7 +330,7 @@ def test_the_event_finds_each_message_as_a_worker_left_it(queues: QueueRegistry,
         message.meta["queue"] = "new"
         if not gone:
             with engine_for(url).begin() as db:
-                gone, tried, *_ = not_locked(db)
+                gone, tried, *_ = db.scalars(text("SELECT id FROM messages FOR UPDATE SKIP LOCKED"))
                 db.execute(text("DELETE FROM messages WHERE id = :id"), {"id": gone})
                 db.execute(text("UPDATE messages SET num_attempts = 7 WHERE id = :id"), {"id": tried})
 

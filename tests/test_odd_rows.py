@@ -170,13 +170,18 @@ def test_an_odd_row_does_not_hide_the_others(
     way(Store(queues, flask, url, columns, readable))
 
 
-def test_the_outcome_of_a_claim_is_written_though_its_recipients_became_unreadable(
-    queues: QueueRegistry, url: str
+@pytest.mark.parametrize(
+    ("became", "left"),
+    [('["bob@example.com", 5]', '["bob@example.com", 5]'), ('["ada@example.com", "postmaster"]', "postmaster")],
+    ids=["unreadable", "without a domain"],
+)
+def test_the_outcome_of_a_claim_is_written_whatever_its_recipients_became(
+    queues: QueueRegistry, url: str, became: str, left: str
 ) -> None:
     queues.load([message()])
     (claimed,) = claim(1, lease=60)
-    run_sql(url, """UPDATE messages SET recipient = '["bob@example.com", 5]', domain = 'odd.example'""")
+    run_sql(url, f"UPDATE messages SET recipient = '{became}', domain = 'odd.example'")
     assert settle(claimed, [Outcome("Delivery", ["ada@example.com"], OK)], due=4e9)
     assert [(each["type"], each["recipient"]) for each in queues.records()] == [("Delivery", "ada@example.com")]
     (row,) = stored(url)
-    assert (row["recipient"], row["domain"], row["num_attempts"]) == ('["bob@example.com", 5]', "odd.example", 1)
+    assert (row["recipient"], row["domain"], row["num_attempts"]) == (left, "odd.example", 1)

@@ -31,19 +31,14 @@ TABLE = {
 # Names that need not come from the table: a pinned one may be anything.
 ODD = {
     "": QueueName(None, None, "", None),
-    "a:b": QueueName(None, None, "a:b", None),
-    "relay.example:2525": QueueName(None, None, "relay.example:2525", None),
     "camp:ten@relay.example:2525!route": QueueName("camp", "ten", "relay.example:2525", "route"),
     "camp:ten@[IPv6:2001:db8::1]": QueueName("camp", "ten", "[IPv6:2001:db8::1]", None),
-    "a@b@example.com": QueueName(None, "a", "b@example.com", None),
     "a@b:c@example.com": QueueName(None, "a", "b:c@example.com", None),
     "a@example.com!b!c": QueueName(None, "a", "example.com", "b!c"),
     "example.com!a@b": QueueName(None, "example.com!a", "b", None),
     "@example.com": QueueName(None, "", "example.com", None),
     ":@example.com": QueueName("", "", "example.com", None),
-    ":ten@example.com": QueueName("", "ten", "example.com", None),
     "example.com!": QueueName(None, None, "example.com", ""),
-    "!": QueueName(None, None, "", ""),
     ":@!": QueueName("", "", "", ""),
     "café:größe@münchen.example!маршрут": QueueName("café", "größe", "münchen.example", "маршрут"),
     "a\n:b\n@c\n!d\n": QueueName("a\n", "b\n", "c\n", "d\n"),
@@ -61,22 +56,10 @@ def test_every_string_is_a_name_and_is_written_as_it_was_read(name: str) -> None
     assert str(QueueName.parse(name)) == name
 
 
-part = st.text(st.characters(exclude_characters=":@!"))
-
-
-@names
-@given(st.builds(QueueName, st.none() | part, st.none() | part, part, st.none() | part))
-def test_parts_without_separators_are_read_back_as_they_were_written(parts: QueueName) -> None:
-    tenant = "" if parts.campaign is not None and parts.tenant is None else parts.tenant
-    expected = QueueName(parts.campaign, tenant, parts.domain, parts.routing_domain)
-    assert QueueName.parse(str(parts)) == expected
-
-
 @pytest.mark.parametrize(
     ("meta", "name"),
     [
         ({}, "example.com"),
-        ({"tenant": "t"}, "t@example.com"),
         ({"campaign": "c"}, "c:@example.com"),
         ({"campaign": "c", "tenant": "t"}, "c:t@example.com"),
         ({"campaign": "c", "tenant": "t", "routing_domain": "r"}, "c:t@example.com!r"),
@@ -85,7 +68,6 @@ def test_parts_without_separators_are_read_back_as_they_were_written(parts: Queu
         ({"campaign": "", "tenant": "", "routing_domain": ""}, ":@example.com!"),
         ({"queue": None, "campaign": None, "tenant": None, "routing_domain": None}, "example.com"),
         ({"queue": 1, "campaign": True, "tenant": ["t"], "routing_domain": {"r": "r"}}, "example.com"),
-        ({"queue": ["pinned"], "campaign": 1.5, "tenant": "t"}, "t@example.com"),
         ({"tenant": "a:b"}, "a:b@example.com"),
     ],
     ids=str,
@@ -132,13 +114,10 @@ ALL = {"campaign": "camp", "tenant": "ten", "domain": "example.com", "routing_do
         (ALL, "camp:ten@example.com!route"),
         ({"domain": "EXAMPLE.com"}, "example.com"),
         ({"domain": "example.com"}, "Example.COM"),
-        ({"domain": "MÜNCHEN.example"}, "münchen.example"),
         ({"routing_domain": "ROUTE"}, "example.com!route"),
-        ({"domain": "relay.example:2525"}, "relay.example:2525"),
         ({"tenant": ""}, "camp:@example.com"),
         ({"campaign": ""}, ":ten@example.com"),
         ({"domain": ""}, "ten@"),
-        ({"domain": "null"}, "null"),
     ],
     ids=str,
 )
@@ -156,13 +135,10 @@ def test_a_request_matches_a_name_whose_parts_equal_its_criteria(criteria: dict[
         ({"campaign": ""}, "ten@example.com"),
         ({"tenant": ""}, "example.com"),
         ({"domain": "example.com"}, "sub.example.com"),
-        ({"domain": "sub.example.com"}, "example.com"),
         ({"domain": "example.com"}, "example.com:25"),
         ({"domain": ""}, "example.com"),
-        ({"domain": "%"}, "example.com"),
         ({"domain": "camp:ten@example.com"}, "camp:ten@example.com"),
         ({"routing_domain": ""}, "example.com"),
-        ({"routing_domain": "example.com"}, "example.com"),
     ],
     ids=str,
 )

@@ -189,25 +189,15 @@ def test_always_flush_makes_every_matched_message_due_now(queues: QueueRegistry,
 
 
 @BY_DATA_AND_BY_EVENT
-def test_a_limit_picks_those_due_soonest_of_all_queues(queues: QueueRegistry, url: str, event: bool) -> None:
-    dues = {"a": [5.0, 1.0], "b": [2.0, 6.0], "c": [4.0, 3.0]}
-    queues.load(message(meta={"tenant": t}, due=due) for t, each in dues.items() for due in each)
+def test_a_limit_picks_those_due_soonest_of_all_queues_and_of_those_the_smallest_ids(
+    queues: QueueRegistry, url: str, event: bool
+) -> None:
+    dues = {"a": 5.0, "é": 2.0, "b": 2.0, "B": 2.0, "c": 6.0, "d": 1.0}
+    queues.load(message(id=id, meta={"tenant": id}, due=due) for id, due in dues.items())
     with connected_to(set_data):
         assert counts(ask(queues, {"queue": "q"}, limit=3, trigger_rebind_event=event)) == (3, 3, 3)
-    assert names(url) == ["a@example.com", "q", "q", "b@example.com", "c@example.com", "q"]
-    assert [record["old_queue"] for record in in_order(queues.records())] == [
-        "a@example.com",
-        "b@example.com",
-        "c@example.com",
-    ]
-
-
-@BY_DATA_AND_BY_EVENT
-def test_of_messages_due_at_once_a_limit_picks_the_smallest_ids(queues: QueueRegistry, url: str, event: bool) -> None:
-    queues.load([message(id=id) for id in ("é", "b", "B")])
-    with connected_to(set_data):
-        ask(queues, {"queue": "q"}, limit=2, trigger_rebind_event=event)
-    assert {row["id"]: row["queue"] for row in stored(url)} == {"B": "q", "b": "q", "é": "example.com"}
+    assert {row["id"] for row in stored(url) if row["queue"] == "q"} == {"d", "B", "b"}
+    assert [record["old_queue"] for record in in_order(queues.records())] == [f"{id}@example.com" for id in "Bbd"]
 
 
 @pytest.mark.parametrize(
@@ -348,17 +338,9 @@ def test_a_message_is_stored_as_it_was_loaded(queues: QueueRegistry, url: str) -
     row, without_a_time = stored(url)
     assert without_a_time["due"] == without_a_time["created"]
     assert start <= row["created"] <= time.time()
-    assert row == row | {
-        "id": new.id,
-        "sender": "news@acme.example",
-        "recipient": "Ada@Example.COM",
-        "domain": "example.com",
-        "queue": "t@example.com",
-        "meta": {"tenant": "t", "é": [1]},
-        "size": 2,
-        "due": 1.25,
-        "num_attempts": 7,
-    }
+    said = ("id", "recipient", "domain", "queue", "meta", "size", "due", "num_attempts")
+    expected = (new.id, "Ada@Example.COM", "example.com", "t@example.com", {"tenant": "t", "é": [1]}, 2, 1.25, 7)
+    assert tuple(row[name] for name in said) == expected
     assert contents(url) == {new.id: b"\0\xff", empty.id: b""}
 
 

@@ -46,11 +46,6 @@ URLS = {
     "no database": ("sqlite:///{folder}/text", "the file is damaged, or is not a database: "),
 }
 SETTINGS = {
-    "a timeout with a unit": (
-        "REBIND_BUSY_TIMEOUT",
-        "30s",
-        "the busy timeout must be a number of seconds from 0 to 86400: '30s'",
-    ),
     "proxies that are a word": ("REBIND_PROXIES", "many", "REBIND_PROXIES must be a whole number from 0 to 99: 'many'"),
     "a misspelt setting": ("REBIND_TRUSTED_HOST", "::1", "unknown setting REBIND_TRUSTED_HOST"),
     "an empty name": ("REBIND_", "x", "unknown setting REBIND_$"),
@@ -156,7 +151,7 @@ def taken(server: Server) -> AbstractContextManager[object]:
 Wait = Callable[[Server], AbstractContextManager[object]]
 WAITS: dict[str, tuple[Wait, str]] = {
     "down": (down, "the database is out of reach: connection .*"),
-    "read-only": (read_only, "the database cannot do this now: cannot execute .+ in a read-only transaction"),
+    "read-only": (read_only, "the database cannot do this now: it is a standby, a demoted primary or set to read-only"),
     "locked": (taken, "the database cannot do this now: canceling statement due to lock timeout"),
 }
 
