@@ -52,10 +52,7 @@ class SettingError(Exception):
 
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
-    """The service. Its settings are in the environment (REBIND_…) or in `config`, which takes precedence.
-
-    Raises SettingError, StoreUnusable, event.PolicyError and access.AccessError.
-    """
+    """The service. Settings: REBIND_… or `config`. Raises SettingError, StoreUnusable, PolicyError and AccessError."""
     app = Flask(__name__, static_folder=None)
     app.config.from_mapping(SETTINGS)
     if unknown := [name for name in os.environ if name.startswith("REBIND_") and name[7:] not in SETTINGS]:

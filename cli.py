@@ -26,9 +26,10 @@ from flask import Flask
 from marshmallow import ValidationError
 
 import event
-from deliverylog import LogFilter
+from deliverylog import LogFilter, records
+from deliverylog import prune as prune_log
 from display import age, counted, on_terminal, print_table
-from history import KeyReused, NothingToUndo, UnknownRebind
+from history import KeyReused, NothingToUndo, UnknownRebind, rebinds_done
 from kumo import WrongFile, read_messages, shown_message
 from names import Criteria, QueueName
 from queues import DuplicateMessage, registry
@@ -193,10 +194,7 @@ def queues(sort: str, limit: int | None, as_json: bool, **criteria: str | None) 
 @click.option("--limit", metavar="N", type=LIMIT, help="At most N messages, those due soonest.")
 @click.option("--content", is_flag=True, help="With the content, so that `flask load` can read the messages.")
 def messages(id: str | None, limit: int | None, content: bool, **criteria: str | None) -> None:
-    """Print messages, one JSON object per line.
-
-    If one cannot be read, the others are printed nevertheless.
-    """
+    """Print messages, one JSON object per line. If one cannot be read, the others are printed nevertheless."""
     unreadable = 0
     for row in registry.messages(Criteria(**criteria), id, limit):
         try:
@@ -221,7 +219,7 @@ def log(follow: bool, after: int, **wanted: Any) -> None:
         # Ctrl-C is its usual end: no KeyboardInterrupt, which a driver may turn into an error of its own.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         threading.Thread(target=end_with_the_reader, daemon=True).start()
-    for record in registry.records(after, POLL if follow else None, LogFilter(**wanted)):
+    for record in records(registry.database, after, POLL if follow else None, LogFilter(**wanted)):
         click.echo(json.dumps(record))
 
 
@@ -239,7 +237,7 @@ def end_with_the_reader() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with all that was asked.")
 def history(since: float | None, limit: int | None, as_json: bool) -> None:
     """List the rebinds that were done, newest first."""
-    rebinds = registry.rebinds_done(since, limit)
+    rebinds = rebinds_done(registry.database, since, limit)
     if as_json:
         for one in rebinds:
             click.echo(json.dumps(one))
@@ -271,7 +269,7 @@ def prune(before: float, dry_run: bool) -> None:
     They are removed a few at a time, so that nobody waits. A rebind whose records are gone cannot be undone. Its
     Idempotency-Key is forgotten too: the same request, sent again, is done again.
     """
-    pruned = registry.prune(before, dry_run)
+    pruned = prune_log(registry.database, before, dry_run)
     done = "would be removed" if dry_run else "removed"
     click.echo(f"{counted(pruned.records, 'record')} and {counted(pruned.rebinds, 'rebind')} {done}")
 

@@ -1,7 +1,6 @@
-"""What a delivery worker does to the queues: it claims messages that are due, and then says what became of each.
+"""What a delivery worker does: it claims messages that are due, and says what became of each.
 
-It is for workers in Python; others do the same with plain SQL (docs/contract.md, "Delivery workers"). A claim is a
-lease: nobody else claims the message before `leased_until`, so that a crashed worker's messages come back.
+It is for workers in Python; others do the same with plain SQL. docs/contract.md, "Delivery workers".
 """
 
 import logging
@@ -57,6 +56,7 @@ def claim(count: int, lease: float) -> list[Claim]:
     if not (names or discards):
         return claims
     with registry.database.begin_write() as db:
+        now = registry.database.backend.now(db)  # it may have waited for others
         if discards:
             _discard(db, now)
         for name in names:
@@ -126,12 +126,8 @@ def settle(claim: Claim, outcomes: Sequence[Outcome], due: float | None = None) 
     """Write what one attempt came to: a record for each outcome, all in one transaction.
 
     The message stays for those of its recipients whom no Delivery and no Bounce names, with one attempt more and
-    without a lease. It is due again at `due`, in seconds since 1970; None is at the end of the lease. If nobody is left
-    the message is removed. `domain` follows the first of those who are left; the queue keeps its name until the next
-    rebind.
-
-    If a rebind made the message due in the meantime it stays due: a failure by the old route says nothing of the new
-    one. Recipients that a handler of the rebind added stay too.
+    without a lease. It is due again at `due`, in seconds since 1970; None is at the end of the lease. If a rebind made
+    it due in the meantime it stays due. If nobody is left the message is removed.
 
     If the answer to a call was lost, call it again with the same arguments: nothing is written twice before the lease
     is over, nor later unless `due` has changed since.

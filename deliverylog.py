@@ -198,9 +198,6 @@ def response(code: int, content: str, command: str | None = None) -> dict[str, A
     return {"code": code, "enhanced_code": numbers, "content": content[enhanced.end() :], "command": command}
 
 
-# Pruning
-
-
 class Pruned(NamedTuple):
     """How much was removed."""
 

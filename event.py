@@ -34,8 +34,7 @@ class RebindEvent:
     """The `rebind` event. `@rebind.connect` makes a function of a message and `data` one of its handlers."""
 
     def __init__(self) -> None:
-        self.handlers: list[Handler] = []
-        """In the order in which they are called."""
+        self.handlers: list[Handler] = []  # in the order in which they are called
 
     def connect(self, handler: H) -> H:
         """Call this handler too, after those that are connected already."""
@@ -66,8 +65,7 @@ class Stream:
         if not rebind.handlers:
             raise NoHandler("no handler is connected to the rebind event")
         self._handlers, self._request, self._now = [*rebind.handlers], request, now
-        self.pairs: Counter[tuple[str, str]] = Counter()
-        """How many messages there were of each pair of queues, the old and the new one."""
+        self.pairs: Counter[tuple[str, str]] = Counter()  # messages of each pair of queues, the old and the new one
 
     def __call__(self, rows: Iterable[MessageRow]) -> Iterator[Update]:
         for row in rows:
@@ -111,6 +109,5 @@ def call_handlers(handlers: Sequence[Handler], message: Message, row: MessageRow
     return changed
 
 
-def _name_of(handler: Handler) -> str:
-    # Not every callable has a name: a functools.partial has none.
+def _name_of(handler: Handler) -> str:  # a functools.partial has none
     return f"{handler.__module__}.{handler.__qualname__}" if hasattr(handler, "__qualname__") else repr(handler)

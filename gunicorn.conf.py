@@ -54,10 +54,7 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """The worker has its own handlers now.
-
-    gthread's for SIGINT and SIGQUIT may wait for ever, for a lock that the main thread holds. Worker's takes no lock.
-    """
+    """The worker has handlers now. gthread's may wait for ever for a lock of the main thread; Worker's do not."""
     for stop_at_once in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(stop_at_once, partial(Worker.handle_quit, worker))
     hear_stop()
@@ -71,10 +68,7 @@ def when_ready(server: Any) -> None:
 
 
 def post_request(worker: Any, request: Any) -> None:
-    """Read the rest of the body, so that a refusal reaches a client that is still sending: docs/contract.md, "Errors".
-
-    Closing a socket with unread bytes would reset the connection.
-    """
+    """Read the rest of the body: closing a socket with unread bytes would reset it, and the client miss a refusal."""
     left = 0 if request.body.failed else UNREAD  # if reading it has failed before, nothing more will come
     with suppress(OSError, ParseException):
         while left > 0 and (piece := request.body.read(STEP)):

@@ -60,7 +60,7 @@ def keep(db: sa.Connection, request: RebindRequest, result: RebindResult, now: f
     db.execute(sa.insert(rebinds).values(row))
 
 
-def rebinds_done(database: Database, since: float | None, limit: int | None) -> list[dict[str, Any]]:
+def rebinds_done(database: Database, since: float | None = None, limit: int | None = None) -> list[dict[str, Any]]:
     """The history, newest first, or what there is `since` then, in seconds since 1970. Raises StoreUnavailable."""
     newest = sa.select(rebinds).order_by(rebinds.c.number.desc()).limit(limit)
     if since is not None:
@@ -87,17 +87,13 @@ def rfc3339(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-# Undo
-
-
 @dataclass(frozen=True)
 class Undo:
     """The way back from one rebind, in terms of a message and its record. docs/contract.md, "Undo"."""
 
     rebind: Any  # its row of history
     matching: sa.ColumnElement[bool]  # whether the rebind changed a message, which is still as it left it
-    left_alone: sa.ColumnElement[bool]
-    """Whether the rebind changed a message, which is neither as it left it nor back already."""
+    left_alone: sa.ColumnElement[bool]  # whether the rebind changed one that is neither as it left it nor back
     new: NewState  # what each message had
 
     def count_left(self, db: sa.Connection) -> int:

@@ -57,8 +57,7 @@ class Update(NamedTuple):
 UPDATED_COLUMNS = Update._fields[:6]
 NEW_COLUMNS = Update._fields[7:]
 
-Decide = Callable[[Iterable[MessageRow]], Iterator[Update]]
-"""Makes updates of rows, lazily and in their order. It may stop before the last one."""
+Decide = Callable[[Iterable[MessageRow]], Iterator[Update]]  # makes updates of rows, lazily and in their order
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ class NewState:
 
 Record = Mapping[str, sa.ColumnElement[Any]]
 
+# A record's columns that hold what its message was before.
 BEFORE = ["id", "sender", "recipient", "size", "created", "num_attempts", "meta", "domain", "due"]
-"""A record's columns that hold what its message was before."""
 
 
 def record_of(rebind_id: str, before: Any, new_queue: Any, **news: sa.ColumnElement[Any]) -> Record:

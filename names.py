@@ -10,8 +10,7 @@ import sqlalchemy as sa
 from tables import messages
 
 NAMING_KEYS = ("queue", "campaign", "tenant", "routing_domain")
-DISCARDED = "null"
-"""The queue whose messages are discarded. docs/contract.md, "Delivery workers"."""
+DISCARDED = "null"  # the queue whose messages are discarded: docs/contract.md, "Delivery workers"
 
 
 @dataclass(frozen=True)

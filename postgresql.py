@@ -63,11 +63,7 @@ def connect_to(url: str, busy_timeout: float) -> sa.Engine:
         **{f"tcp_keepalives_{name}": str(value) for name, value in patience.items()},
         "tcp_user_timeout": str(half * 1000),
         "rebind.set_up": "yes",  # see take_turn
-        # What numbers, times and bytes look like, whatever the role's settings.
-        "extra_float_digits": "1",
-        "bytea_output": "hex",
-        "DateStyle": "ISO",
-        "standard_conforming_strings": "on",
+        "extra_float_digits": "1",  # or doubles would not come back as the same numbers
     }
     sa.event.listen(engine, "connect", lambda connection, _: _set_up(connection, settings))
     return engine
@@ -121,9 +117,6 @@ def now(db: sa.Connection) -> float:
     return float(db.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp())::double precision")))
 
 
-# The log
-
-
 def writers_of_log(db: sa.Connection) -> set[str]:
     if db.scalar(sa.text("SELECT pg_is_in_recovery()")):
         raise StoreUnusable("a standby cannot tell which records are still to come: ask the primary server")
@@ -140,9 +133,6 @@ def last_key(db: sa.Connection) -> int:
     return int(db.scalar(sa.text("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM log_key_seq")) or 0)
 
 
-# Expressions
-
-
 def in_queues(names: Sequence[str]) -> sa.ColumnElement[bool]:
     return messages.c.queue == sa.func.any(sa.literal(list(names), ARRAY(sa.Text)))
 
@@ -156,9 +146,6 @@ def merge(meta: sa.ColumnElement[Any], data: Mapping[str, str], unset: Collectio
     if unset:
         meta = meta.op("-", return_type=JSONB())(sa.literal(list(unset), ARRAY(sa.Text)))
     return meta.op("||", return_type=JSONB())(sa.literal(data, JSONB)) if data else meta
-
-
-# Rebinding
 
 
 def take_turn(db: sa.Connection) -> None:
@@ -211,7 +198,7 @@ def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id
 
 
 def _returns_old(db: sa.Connection) -> bool:
-    """Whether UPDATE can return what was there before, as `old`: a fifth faster than to lock the messages first."""
+    # A fifth faster than to lock the messages first.
     return (db.dialect.server_version_info or (0,)) >= (18,)
 
 

@@ -1,7 +1,7 @@
 """Scheduled queues: the messages in them, and rebinding, which moves messages from queue to queue.
 
-`registry` is the one instance that the route, the command line and delivery workers use. It knows nothing of HTTP, and
-keeps nothing in memory: every process and host that is bound to the same database sees the same queues.
+`registry` is the one instance that the route, the commands and delivery workers use. It keeps nothing in memory: every
+process and host that is bound to the same database sees the same queues.
 """
 
 import logging
@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-import deliverylog
 import history
 import postgresql
 import sqlite
-from deliverylog import EVERY_RECORD, LogFilter, Pruned
 from event import Stream
 from message import NewMessage, domain_of
 from moving import MESSAGE_COLUMNS, Backend, NewState, Selection, batches
@@ -70,9 +68,7 @@ class QueueRegistry:
         self.database.prepare(create=True)
 
     def rebind(self, request: RebindRequest) -> RebindResult:
-        """Handle each matched message exactly once, all or none of them, durably.
-
-        docs/contract.md, "What one request does" and "Beyond the page".
+        """Handle each matched message exactly once, all or none of them, durably: docs/contract.md.
 
         Raises NoHandler, HandlerFailed, UnknownRebind, NothingToUndo, KeyReused and StoreRefused: nothing was done.
         Raises StoreUnavailable: nothing was done unless the answer to the commit was lost, as its message says.
@@ -142,7 +138,6 @@ class QueueRegistry:
     def load(self, new: Iterable[NewMessage]) -> Loaded:
         """Add messages, all or none of them, except those for the queue `null`, which are discarded.
 
-        The store may be locked for as long as they take to be read.
         Raises DuplicateMessage, StoreRefused and StoreUnavailable, and ValueError if a recipient has no domain.
         """
         added = empty = discarded = 0
@@ -170,10 +165,7 @@ class QueueRegistry:
     def messages(
         self, criteria: Criteria = ALL_QUEUES, id: str | None = None, limit: int | None = None
     ) -> Iterator[Any]:
-        """The messages that match, or those of them that are due soonest: MESSAGE_COLUMNS and `data`, the content.
-
-        They are streamed, and all are as they were at one moment. Raises StoreUnavailable.
-        """
+        """The messages that match, or those due soonest: MESSAGE_COLUMNS and `data`. Raises StoreUnavailable."""
         with self.database.begin_read() as db:
             matching = _matching(self.database.backend, db, criteria)
             found = Selection(matching if id is None else matching & (messages.c.id == id), limit)
@@ -190,20 +182,6 @@ class QueueRegistry:
         if last is not None:
             found = found.where(names.c.queue <= last)
         return list(db.scalars(found.limit(limit)))
-
-    def records(
-        self, after: int | None = None, poll: float | None = None, wanted: LogFilter = EVERY_RECORD
-    ) -> Iterator[dict[str, Any]]:
-        """The delivery log. See deliverylog.records."""
-        return deliverylog.records(self.database, after, poll, wanted)
-
-    def rebinds_done(self, since: float | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-        """The rebinds that were done, newest first. See history.rebinds_done."""
-        return history.rebinds_done(self.database, since, limit)
-
-    def prune(self, before: float, dry_run: bool = False) -> Pruned:
-        """Remove old records and old history. See deliverylog.prune."""
-        return deliverylog.prune(self.database, before, dry_run)
 
 
 def _backend(url: str) -> Backend:
@@ -223,10 +201,7 @@ def claimable(now: float) -> sa.ColumnElement[bool]:
 
 
 def _queue_names(after: str | None = None, last: str | None = None) -> sa.CTE:
-    """The queues' names after this one, each found from the one before; perhaps NULL, or one beyond `last`, at the end.
-
-    The cost grows with the number of names that are read, not of messages.
-    """
+    """The queues' names after this one, each found from the one before; NULL or one beyond `last` may be at the end."""
     first = sa.select(sa.func.min(messages.c.queue).label("queue"))
     if after is not None:
         first = first.where(messages.c.queue > after)
@@ -286,8 +261,8 @@ def _new_state(backend: Backend, request: RebindRequest, now: float) -> NewState
 
 def _pairs(db: sa.Connection, selection: Selection, new: NewState) -> dict[tuple[str, str], int]:
     """How many messages there are of each pair of queues, the old and the new one."""
-    # OFFSET 0 keeps the planner from evaluating the new name at each place that uses it.
     to = new.values.get("queue", messages.c.queue)
+    # OFFSET 0 keeps the planner from evaluating the new name at each place that uses it.
     each = selection.select(messages.c.queue, to.label("to")).offset(sa.literal_column("0")).subquery()
     counts = sa.select(each.c.queue, each.c.to, sa.func.count()).group_by(each.c.queue, each.c.to)
     return {(queue, to): number for queue, to, number in db.execute(counts)}

@@ -18,16 +18,14 @@ class RebindRequest:
     reason: str  # logged with every matched message
     data: dict[str, str]  # the metadata to set, or what the event's handlers get
     criteria: Criteria = ALL_QUEUES  # which queues
-    trigger_rebind_event: bool = False
-    """Call the `rebind` event with each message and `data`, instead of setting `data`."""
+    trigger_rebind_event: bool = False  # call the event with each message and `data`, instead of setting `data`
     always_flush: bool = False  # make every matched message due now, not only those whose queue changed
     suppress_logging: bool = False  # write no AdminRebind records
     dry_run: bool = False  # only plan: change, record and keep nothing; the event's handlers are called
     limit: int | None = None  # handle at most this many messages, soonest due first
     unset: tuple[str, ...] = ()  # keys to remove from the metadata
     undo: str | None = None  # the id of a rebind to take back
-    idempotency_key: str | None = None
-    """A request with the same key is answered once, and repeated answers are the same."""
+    idempotency_key: str | None = None  # a request that comes again with it only gets the same answer
     actor: str = ""  # who asks: a user's name, or an address
 
     def asked(self) -> dict[str, Any]:
@@ -74,8 +72,7 @@ class RebindResult:
     matched: int  # how many messages were handled
     moved: int  # how many of them are in another queue now
     flushed: int  # how many of them were made due now
-    left: int | None = None
-    """Of an undo: how many messages of the first rebind have moved on or are gone, and are left alone."""
+    left: int | None = None  # of an undo: how many messages that the first rebind changed are left alone
     rebind_id: str | None = None  # A UUID, on every record and in the history; None for a dry run
     plan: Plan | None = None  # of a dry run: from which queue to which queue how many would go
 

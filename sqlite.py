@@ -60,9 +60,6 @@ _marked = sa.Table(
 )
 
 
-# Connections
-
-
 def connect_to(url: str, busy_timeout: float) -> sa.Engine:
     file = StoreFile(shown(url))
     if file.name.startswith((":memory:", "file:")) or file.name in ("", "None") or "?" in url:
@@ -182,18 +179,12 @@ def now(db: sa.Connection) -> float:
     return time.time()  # the file is on this host
 
 
-# The log
-
-
 def last_key(db: sa.Connection) -> int:
     return db.scalar(sa.text("SELECT seq FROM sqlite_sequence WHERE name = 'log'")) or 0
 
 
 def writers_of_log(db: sa.Connection) -> set[str]:
     return set()  # one at a time writes
-
-
-# Expressions
 
 
 def in_queues(names: Sequence[str]) -> sa.ColumnElement[bool]:
@@ -230,9 +221,6 @@ def plain_keys(document: bytes) -> bytes:
         return match[0]
 
     return _STRING.sub(plain, document)
-
-
-# Rebinding
 
 
 def take_turn(db: sa.Connection) -> None:

@@ -49,9 +49,7 @@ class StoreDamaged(StoreUnusable):
 class Database:
     """A database of messages, and its transactions. It keeps nothing in memory except connections.
 
-    url: SQLAlchemy's, `sqlite:///FILE` or `postgresql+psycopg://…`.
-    busy_timeout: how long a statement waits for others, in seconds: a number, or its text as a setting gives it.
-    Raises StoreUnusable.
+    busy_timeout: how long a statement waits for others, in seconds: a number, or its text. Raises StoreUnusable.
     """
 
     def __init__(self, backend: Backend, url: str, busy_timeout: Any) -> None:
@@ -84,17 +82,13 @@ class Database:
         return self._transaction(self._reading)
 
     def begin_write(self) -> AbstractContextManager[sa.Connection]:
-        """A transaction that may change everything: committed at the end of the block, rolled back by any exception.
-
-        Raises StoreUnavailable, StoreConflict and StoreRefused.
-        """
+        """A transaction that is committed, or rolled back by any exception. Raises StoreUnavailable, StoreRefused."""
         return self._transaction(self._writing)
 
     def prepare(self, create: bool = False) -> None:
-        """Check that the store can be used; with `create`, create its tables first if it has none.
+        """Check that the store can be used, and with `create`, once, make its tables if it has none.
 
-        If it is out of reach, that is done when it is used: but a store that was there is never created again.
-        Raises StoreUnavailable and StoreUnusable.
+        Raises StoreUnavailable, and does that when it is used, or StoreUnusable.
         """
         self._may_create |= create
         if self._prepared:

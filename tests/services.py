@@ -1,6 +1,7 @@
 """Real gunicorns: start one, ask it, and stop it."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 from answers import Answer
 from requests.adapters import HTTPAdapter
@@ -124,6 +126,16 @@ def free_port() -> int:
 def _listens(address: tuple[str, int]) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(address) == 0
+
+
+def installed(program: str, as_root: bool = False) -> str:
+    """The path of a program. Without it, or without root if it needs that, the test is skipped or, in CI, fails."""
+    found = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
+    if os.environ.get("CI"):
+        assert found, f"{program} is not installed"
+    elif found is None or (as_root and os.geteuid() != 0):
+        pytest.skip(f"{program} is not installed, or not for us")
+    return str(found)
 
 
 def workers(service: Service) -> set[int]:

@@ -7,12 +7,10 @@ import http.client
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 from base64 import b64encode
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from answers import Answer, is_problem
 from databases import logged, stored
 from factories import message
 from flask.testing import FlaskClient
-from services import PATH, Service, Start
+from services import PATH, Service, Start, installed
 
 from access import AccessError
 from app import create_app
@@ -152,10 +150,6 @@ def test_every_path_and_method_is_guarded(
     assert (stored(url), logged(url)) == (before, [])
 
 
-def test_head_is_guarded(with_users: Service) -> None:
-    assert ask(with_users, THERE, method="HEAD", path="/elsewhere", body="").status_code == 401
-
-
 @pytest.mark.parametrize(("peer", "headers"), [(HERE, []), (THERE, [ADA])], ids=["by address", "by credentials"])
 def test_whoever_may_ask_learns_what_is_wrong_with_the_request(
     with_users: Service, peer: str, headers: list[tuple[str, str]]
@@ -180,27 +174,20 @@ NETWORKS = {
     "loopback, IPv6": (DEFAULT, "::1", 404),
     "loopback by a unix socket": (DEFAULT, "", 404),
     "not loopback": (DEFAULT, "192.0.2.1", 403),
-    "an address": ("192.0.2.1", "192.0.2.1", 404),
-    "another address": ("192.0.2.1", "192.0.2.2", 403),
     "a network": ("192.0.2.0/28", "192.0.2.15", 404),
     "outside of a network": ("192.0.2.0/28", "192.0.2.16", 403),
     "one of several": ("192.0.2.1, 198.51.100.0/24 ,2001:db8::/32", "198.51.100.7", 404),
     "IPv6": ("192.0.2.1,2001:db8::/32", "2001:db8::1", 404),
-    "another IPv6": ("2001:db8::/32", "2001:db9::1", 403),
     "IPv4 in IPv6": ("192.0.2.0/28", "::ffff:192.0.2.1", 404),
     "not IPv4 in IPv6": ("192.0.2.0/28", "::192.0.2.1", 403),
     "a network of IPv4 in IPv6": ("::ffff:192.0.2.0/120", "192.0.2.255", 404),
-    "a network of IPv4 in IPv6, and the same": ("::ffff:192.0.2.0/120", "::ffff:192.0.2.255", 404),
     "outside of a network of IPv4 in IPv6": ("::ffff:192.0.2.0/120", "192.0.3.0", 403),
-    "an address of IPv4 in IPv6": ("::ffff:192.0.2.1", "192.0.2.1", 404),
     "all of IPv4 in IPv6": ("::ffff:0.0.0.0/96", "192.0.2.1", 404),
     "every IPv6 address": ("::/0", "192.0.2.1", 403),
-    "every IPv4 address": ("0.0.0.0/0", "2001:db8::1", 403),
     "a link": ("fe80::/10", "fe80::1%eth0", 404),
     "not an address": ("0.0.0.0/0,::/0", "somewhere", 403),
     "a unix socket, if 127.0.0.1 is not trusted": ("192.0.2.0/24,127.0.0.2", "", 403),
     "nobody": ("", "127.0.0.1", 403),
-    "nobody, by a unix socket": ("", "", 403),
 }
 
 
@@ -221,26 +208,20 @@ def test_without_an_htpasswd_file_credentials_are_ignored(without_users: Service
 # socket comes from, or None if it is not trusted.
 FORWARDED = {
     "no proxy": (0, ["127.0.0.1"], None),
-    "no proxy, nothing named": (0, [""], None),
     "no proxy, no header": (0, [], HERE),
     "one proxy": (1, ["127.0.0.9"], "127.0.0.9"),
-    "one proxy, IPv6": (1, ["::1"], "::1"),
     "one proxy, IPv4 in IPv6": (1, ["::ffff:127.0.0.9"], "127.0.0.9"),
     "one proxy, no header": (1, [], HERE),
     "one proxy, nothing named": (1, [""], None),
     "one proxy, not an address": (1, ["localhost"], None),
-    "one proxy, an address and a port": (1, ["127.0.0.1:80"], None),
     "one proxy, an outsider": (1, ["192.0.2.1"], None),
     "one proxy, an outsider who spoofs": (1, ["127.0.0.1, 192.0.2.1"], None),
     "one proxy, an outsider who spoofs in another header": (1, ["127.0.0.1", "192.0.2.1"], None),
     "one proxy, an outsider who quotes": (1, ['"127.0.0.1, 192.0.2.1'], None),
     "one proxy, a trusted host who quotes": (1, ['"192.0.2.1, 127.0.0.9'], "127.0.0.9"),
-    "one proxy, a trusted host who spoofs": (1, ["192.0.2.1, 127.0.0.9"], "127.0.0.9"),
-    "two proxies": (2, ["127.0.0.9, 192.0.2.1"], "127.0.0.9"),
     "two proxies, two headers": (2, ["127.0.0.9", "192.0.2.1"], "127.0.0.9"),
     "two proxies, one entry": (2, ["127.0.0.9"], None),
     "two proxies, an outsider who spoofs": (2, ["127.0.0.1, 192.0.2.1, 127.0.0.9"], None),
-    "two proxies, an outsider who quotes": (2, ['127.0.0.1, "a, 192.0.2.1, 127.0.0.9'], None),
     "two proxies, an outsider who names nobody": (2, ["127.0.0.1,, 192.0.2.1, 127.0.0.9"], None),
 }
 
@@ -259,11 +240,6 @@ def test_only_as_many_proxies_are_believed_as_are_configured(
         assert actors(url) == [peer if headers else connection]
 
 
-def test_behind_a_proxy_a_user_may_ask_from_any_address(behind: Callable[[int], Service], url: str) -> None:
-    assert ask(behind(1), "unix", forwarded("192.0.2.1"), ADA).status_code == 200
-    assert actors(url) == ["ada"]
-
-
 # Credentials
 
 
@@ -275,23 +251,17 @@ def test_a_user_may_ask_from_anywhere_and_is_the_actor(with_users: Service, url:
 
 WRONG = {
     "a wrong password": basic("ada:wrong"),
-    "no password": basic("ada:"),
     "no colon": basic("ada"),
     "a line break after the password": basic(f"ada:{PASSWORD}\n"),
     "a NUL after the password": basic(f"ada:{PASSWORD}\0"),
     "a long password": basic("ada:" + "x" * 2000),
     "an unknown user": basic(f"bob:{PASSWORD}"),
-    "another case": basic(f"Ada:{PASSWORD}"),
-    "no user": basic(f":{PASSWORD}"),
     "a user that no file can have": basic(f"a\nd\0a\t:{PASSWORD}"),
-    "a long user": basic("x" * 2000 + f":{PASSWORD}"),
     "nothing": basic(""),
     "not UTF-8": basic("ada:\udcff"),
     "not base64": ("Authorization", "Basic !"),
-    "the scheme alone": ("Authorization", "Basic"),
     "an empty header": ("Authorization", ""),
     "another scheme": ("Authorization", f"Bearer {PASSWORD}"),
-    "parameters": ("Authorization", f'Digest username="ada", password="{PASSWORD}"'),
     "parameters of the scheme": ("Authorization", f'Basic username="ada", password="{PASSWORD}"'),
 }
 
@@ -314,22 +284,17 @@ def test_credentials_given_twice_are_refused(with_users: Service) -> None:
 PASSWORDS = {"a colon": "a:b::", "UTF-8": "pässwörd ключ", "72 bytes": "x" * 72, "too long for bcrypt": "ключ" * 20}
 
 
-@pytest.mark.skipif(not shutil.which("htpasswd") and "CI" not in os.environ, reason="htpasswd is not installed")
 @pytest.mark.parametrize("password", PASSWORDS.values(), ids=PASSWORDS)
 def test_a_file_that_htpasswd_wrote_is_understood(url: str, tmp_path: Path, password: str) -> None:
     file = tmp_path / "htpasswd"
+    file.touch()
     for user in ("ada", "жук"):
-        create = "" if file.exists() else "c"
-        subprocess.run(["htpasswd", f"-{create}bB", str(file), user, password], check=True, capture_output=True)
+        command = [installed("htpasswd"), "-bB", str(file), user, password]
+        subprocess.run(command, check=True, capture_output=True)
     given = [("ada", password), ("жук", password), ("ada", f"?{password}"), ("ada", password[:10] + "?")]
     asking = client(url, HTPASSWD=str(file))
     statuses = [asking.get("/", headers=[basic(f"{user}:{secret}")]).status_code for user, secret in given]
     assert statuses == [404, 404, 401, 401]
-
-
-def test_only_72_bytes_of_a_password_count_as_in_apache(url: str, tmp_path: Path) -> None:
-    file = write_users(tmp_path / "htpasswd", ada="x" * 72)
-    assert client(url, HTPASSWD=str(file)).get("/", headers=[basic("ada:" + "x" * 73)]).status_code == 404
 
 
 def test_the_file_is_read_as_apache_reads_it(url: str, tmp_path: Path) -> None:
@@ -376,17 +341,6 @@ def test_while_the_file_cannot_be_read_no_credentials_are_valid(
     assert f"the htpasswd file {users}" in with_users.output.read_text()
     write_users(users, ada=PASSWORD)
     assert statuses(with_users, ADA) == {200}
-
-
-def test_a_user_who_stays_may_ask_while_others_come_and_go(with_users: Service, users: Path) -> None:
-    def status(_: int) -> int:
-        return ask(with_users, THERE, ADA, method="GET").status_code
-
-    with ThreadPoolExecutor(8) as threads:
-        answers = threads.map(status, range(100))
-        for n in range(50):
-            write_users(users, **{f"user{n}": "x"}, ada=PASSWORD)
-        assert set(answers) == {405}
 
 
 @pytest.mark.parametrize("credentials", ["nobody:wrong", ":", "nobody:\0"])
@@ -453,16 +407,13 @@ def test_no_password_is_ever_logged(with_users: Service, users: Path) -> None:
 NO_NETWORK = "does not appear to be an IPv4 or IPv6 network"
 NO_NETWORKS = {
     "127.0.0.1,localhost": f"'localhost' {NO_NETWORK}",
-    "192.0.2.1 192.0.2.2": f"'192.0.2.1 192.0.2.2' {NO_NETWORK}",
     10: f"'10' {NO_NETWORK}",
     "10.1.2.3/8": "10.1.2.3/8 has host bits set",
     "::ffff:192.0.2.1/120": "::ffff:c000:201/120 has host bits set",
     "127.0.0.1,0.0.0.0": "no peer matches 0.0.0.0",
-    "::": "no peer matches ::",
     "224.0.0.0/4": "no peer matches 224.0.0.0/4",
     "ff02::1": "no peer matches ff02::1",
     "fe80::1%eth0": "no peer matches fe80::1%eth0",
-    "fe80::%eth0/64": "no peer matches fe80::%eth0/64",
 }
 
 
@@ -483,12 +434,9 @@ def test_proxies_are_a_number_up_to_99(url: str, setting: Any) -> None:
 GOOD = hashed(PASSWORD)
 BAD_LINES = {
     "no colon": "nonsense",
-    "a plain password": "ada:secret",
-    "no password": "ada:",
     "no name": f":{GOOD}",
     "another field": f"ada:{GOOD}:Ada",
     "md5": "ada:$apr1$6yFYLLpK$ajXDNBQOYfjpvc9zMRIHt1",
-    "cut off": f"ada:{GOOD[:-1]}",
     "a cost too low": f"ada:{GOOD.replace('$04$', '$03$')}",
     "a cost too high": f"ada:{GOOD.replace('$04$', '$32$')}",
     "an impossible salt": f"ada:{GOOD[:28]}a{GOOD[29:]}",

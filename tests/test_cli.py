@@ -6,7 +6,6 @@ import pty
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from services import MIB, SITE_POLICY
 from terminal import Command, Flask, peak
 from waiting import until
 
-from app import create_app
+import deliverylog
 from queues import QueueRegistry
 
 
@@ -33,20 +32,9 @@ def test_log_prints_one_record_a_line_oldest_first(flask: Flask, queues: QueueRe
     for reason in ("first", "second"):
         ask(queues, reason=reason)
     status, output, error = flask("log")
-    assert [json.loads(record) for record in output.splitlines()] == list(queues.records())
+    assert [json.loads(record) for record in output.splitlines()] == list(deliverylog.records(queues.database))
     assert reasons(output) == ["first", "first", "second", "second"]
     assert (status, output.isascii(), error) == (0, True, "")
-
-
-@pytest.mark.sqlite
-def test_log_continues_after_a_record(flask: Flask, queues: QueueRegistry) -> None:
-    queues.load([message()])
-    for reason in ("1", "2", "3"):
-        ask(queues, reason=reason)
-    keys = [json.loads(record)["key"] for record in flask("log")[1].splitlines()]
-    for after, left in [(0, ["1", "2", "3"]), (keys[0], ["2", "3"]), (keys[2], [])]:
-        status, output, error = flask("log", "--after", str(after))
-        assert (status, reasons(output), error) == (0, left, "")
 
 
 def test_log_follows_what_is_written_later_until_ctrl_c(
@@ -100,7 +88,7 @@ def test_log_follows_from_a_record_that_is_not_there_yet(
 ) -> None:
     queues.load([message()])
     ask(queues, reason="1")
-    (record,) = queues.records()
+    (record,) = deliverylog.records(queues.database)
     output = tmp_path / "output"
     with output.open("wb") as stdout:
         start_command("log", "--follow", "--after", str(record["key"] + 1), stdout=stdout)
@@ -122,29 +110,6 @@ def test_what_is_not_ascii_is_printed_in_the_c_locale(shell: Flask, queues: Queu
     status, output, error = shell("log", LC_ALL="C")
     assert (status, reasons(output), error) == (0, ["größer"], "")
     assert shell("load", "größer", LC_ALL="C") == (1, "", "Error: [Errno 2] No such file or directory: 'größer'\n")
-
-
-def damaged(database: Path) -> None:
-    database.write_bytes(b"no database" * 1000)
-
-
-HAPPENS = {
-    "out of reach": (Path.unlink, "the database's file cannot be opened: {}: No such file or directory"),
-    "damaged": (damaged, "the file is damaged, or is not a database: file is not a database"),
-}
-
-
-@pytest.mark.parametrize(("happens", "reason"), HAPPENS.values(), ids=HAPPENS)
-@pytest.mark.parametrize("command", ["load", "queues", "log"])
-def test_what_happens_to_the_database_is_an_error_of_one_line(
-    tmp_path: Path, command: str, happens: Callable[[Path], None], reason: str
-) -> None:
-    database, file = tmp_path / "queues.db", tmp_path / "messages.jsonl"
-    file.write_text("")
-    runner = create_app({"DATABASE_URL": f"sqlite:///{database}"}).test_cli_runner()
-    happens(database)
-    result = runner.invoke(args=[command, str(file)] if command == "load" else [command])
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"Error: {reason.format(database)}\n")
 
 
 @pytest.mark.slow

@@ -161,13 +161,6 @@ def test_a_database_that_was_dropped_and_made_again_is_not_used_until_it_has_a_s
     assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
 
 
-@pytest.mark.postgresql
-def test_a_connection_that_was_cut_while_nobody_used_it_is_replaced(site: str, queues: QueueRegistry) -> None:
-    used_by(queues, site)
-    run_sql(site, DISCONNECT + "pg_backend_pid()")
-    assert counts(ask(queues, {"queue": "b"})) == (1, 1, 1)
-
-
 # A host that vanishes
 
 

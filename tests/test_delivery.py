@@ -9,6 +9,7 @@ from factories import ask, message, settled, undo
 from sqlalchemy import make_url
 from waiting import PATIENCE
 
+import deliverylog
 from delivery import DISCARD, Claim, Outcome, claim, recipient_list, settle
 from deliverylog import response
 from event import rebind
@@ -24,7 +25,9 @@ NEVER = {"response": response(550, "5.1.1 no such user")}
 
 def records(queues: QueueRegistry) -> list[tuple[str, Any, int]]:
     """The type, recipient and reply's code of each record."""
-    return [(each["type"], each["recipient"], each["response"]["code"]) for each in queues.records()]
+    return [
+        (each["type"], each["recipient"], each["response"]["code"]) for each in deliverylog.records(queues.database)
+    ]
 
 
 def test_a_claimed_message_is_nobody_elses_until_its_lease_ends(queues: QueueRegistry) -> None:
@@ -82,21 +85,8 @@ def test_a_claim_that_outlives_its_lease_does_nothing_to_a_message_that_came_lat
     assert (stored(url), contents(url), records(queues)) == before
 
 
-ON_HOLD = [
-    "x.invalid",
-    "x.invalid!",
-    "a.example!hold.invalid",
-    "INVALID",
-    "Relay.Invalid:2525",
-    "c:t@d!hold.invalid",
-]
-NOT_ON_HOLD = [
-    "notinvalid",
-    "invalid.example",
-    "x.invalid!relay.example",
-    "invalid:t@a.example",
-    "a.example!",
-]
+ON_HOLD = ["x.invalid", "x.invalid!", "a.example!hold.invalid", "INVALID", "Relay.Invalid:2525", "c:t@d!hold.invalid"]
+NOT_ON_HOLD = ["notinvalid", "invalid.example", "x.invalid!relay.example", "invalid:t@a.example", "a.example!"]
 
 
 def test_queues_on_hold_are_skipped(queues: QueueRegistry) -> None:
@@ -116,7 +106,7 @@ def test_what_is_due_in_queue_null_is_removed_without_an_attempt_or_a_record(que
     run_sql(url, f"UPDATE messages SET due = 4e9 WHERE id = '{later.id}'")
     assert claim(10, lease=60) == []
     assert [row["id"] for row in stored(url)] == list(contents(url)) == [later.id, kept.id]
-    assert [record["type"] for record in queues.records()] == ["AdminRebind"] * 3
+    assert [record["type"] for record in deliverylog.records(queues.database)] == ["AdminRebind"] * 3
 
 
 def test_queue_null_is_emptied_first_however_many_other_queues_there_are(queues: QueueRegistry, url: str) -> None:

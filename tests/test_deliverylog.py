@@ -138,7 +138,7 @@ def follow(
     monkeypatch.setattr(deliverylog, "time", SimpleNamespace(sleep=sleep))
     found: list[str] = []
     with pytest.raises(Ended):
-        found.extend(record["id"] for record in queues.records(poll=1))
+        found.extend(record["id"] for record in deliverylog.records(queues.database, poll=1))
     return found
 
 
@@ -233,7 +233,7 @@ def test_who_only_prints_the_log_waits_for_nobody(queues: QueueRegistry, url: st
     with engine_for(url).connect() as writer:
         writer.execute(delivery("open"))
         ask(queues)
-        assert [record["id"] for record in queues.records()] == [stored(url)[0]["id"]]
+        assert [record["id"] for record in deliverylog.records(queues.database)] == [stored(url)[0]["id"]]
 
 
 # Pruning
@@ -246,7 +246,7 @@ def prune(queues: QueueRegistry, monkeypatch: pytest.MonkeyPatch) -> Callable[[C
     def prune(between: Callable[[], object]) -> Pruned:
         monkeypatch.setattr(deliverylog, "PRUNED_AT_ONCE", 2)
         monkeypatch.setattr(deliverylog, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: between()))
-        return queues.prune(before=time.time())
+        return deliverylog.prune(queues.database, before=time.time())
 
     return prune
 

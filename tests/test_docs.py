@@ -13,10 +13,9 @@ import pytest
 from click import Command
 from databases import POSTGRESQL_BIN, empty, engine_for, new_database, run_sql
 from flask import Flask
-from services import ROOT, Start
+from services import ROOT, Start, installed
 from sqlalchemy import make_url, select
 from terminal import PROGRAM
-from test_deploy import program
 from test_openapi import RESPONSES
 
 import cli
@@ -145,7 +144,7 @@ def test_what_was_backed_up_is_restored(url: str, tmp_path: Path) -> None:
         programs = {"systemctl": "", "runuser": 'shift 3; exec "$@"'}
         programs |= {name: f'exec {POSTGRESQL_BIN / name} "$@"' for name in ("pg_dump", "pg_restore")}
         if url.startswith("sqlite"):
-            program("sqlite3")
+            installed("sqlite3")
 
         def run(documented: list[Block]) -> None:
             host = {"PGHOST": str(database.query.get("host", "")), "PGUSER": str(database.username)}

@@ -11,7 +11,7 @@ from factories import ask, change_all, connected_to, message
 from waiting import PATIENCE
 
 from event import rebind
-from history import NODEID, KeyReused
+from history import NODEID, KeyReused, rebinds_done
 from queues import QueueRegistry
 from rebinding import RebindResult
 
@@ -135,5 +135,5 @@ def test_the_history_says_who_asked_for_what_and_what_was_done(queues: QueueRegi
 def test_the_history_is_in_the_order_of_what_was_done_whatever_the_clock_says(queues: QueueRegistry, url: str) -> None:
     done = [ask(queues, {"n": number}).rebind_id for number in "123"]
     run_sql(url, f"UPDATE rebinds SET event_time = event_time + 7200 WHERE rebind_id = '{done[0]}'")
-    assert [row["rebind_id"] for row in queues.rebinds_done()] == done[::-1]
-    assert queues.rebinds_done(limit=1)[0]["rebind_id"] == done[-1]
+    assert [row["rebind_id"] for row in rebinds_done(queues.database)] == done[::-1]
+    assert rebinds_done(queues.database, limit=1)[0]["rebind_id"] == done[-1]

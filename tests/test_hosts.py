@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,31 +11,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from databases import engine_for, history, names, run_sql, stored
+from databases import engine_for, history, names, run_sql
 from factories import ask, connected_to, message, settled, undo
 from servers import Server
-from services import ROOT, free_port
+from services import ROOT, free_port, installed
 from sqlalchemy import text
 from terminal import PROGRAM
 from waiting import PATIENCE, until
 
+import deliverylog
 from delivery import claim
 from deliverylog import records
+from history import rebinds_done
 from message import Message
 from queues import QueueRegistry, registry
 from store import StoreUnavailable, StoreUnusable
 
 BUSY_TIMEOUT = 8  # seconds
-
-
-def needs(program: str) -> str:
-    """The path of a program that needs root. Without it the test is skipped or, in CI, fails."""
-    found = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
-    if os.environ.get("CI"):
-        assert found, f"{program} is not installed"
-    elif found is None or os.geteuid() != 0:
-        pytest.skip(f"{program} is not installed, or not for us")
-    return str(found)
 
 
 @pytest.fixture
@@ -58,7 +49,7 @@ def bound(url: str, busy_timeout: float = PATIENCE) -> QueueRegistry:
 @contextmanager
 def host_by_a_cable(ours: str, its: str) -> Iterator[tuple[str, str]]:
     """A host, as a network namespace, on the other end of a cable: its name, and the name of our end."""
-    ip, name, cable = needs("ip"), f"host{os.getpid()}", f"cable{os.getpid() % 100_000}"
+    ip, name, cable = installed("ip", as_root=True), f"host{os.getpid()}", f"cable{os.getpid() % 100_000}"
     steps = f"""
         netns add {name}
         link add {cable} type veth peer name eth0 netns {name}
@@ -103,46 +94,15 @@ def test_a_host_that_vanishes_in_the_middle_of_a_rebind_keeps_others_waiting_for
         queues.load([message()])
         begun, url = tmp_path / "begun", "postgresql+psycopg://postgres@10.99.0.1/postgres"
         doing = [sys.executable, "-c", REBIND_FOR_EVER, url, str(BUSY_TIMEOUT), str(begun)]
-        with subprocess.Popen([needs("ip"), "netns", "exec", host, *doing], cwd=ROOT) as vanishing:
+        with subprocess.Popen([installed("ip", as_root=True), "netns", "exec", host, *doing], cwd=ROOT) as vanishing:
             until(begun.exists)
-            subprocess.run([needs("ip"), "link", "set", cable, "down"], check=True)
+            subprocess.run([installed("ip", as_root=True), "link", "set", cable, "down"], check=True)
             vanishing.kill()
         assert ask(queues, {"tenant": "t"}).moved == 1
         queues.database.close()
 
 
-# A role whose settings are not ours
-
-
-ODD_SETTINGS = {
-    "extra_float_digits": "-15",
-    "DateStyle": "SQL, DMY",
-    "bytea_output": "escape",
-    "standard_conforming_strings": "off",
-    "IntervalStyle": "sql_standard",
-    "TimeZone": "Asia/Kathmandu",
-    "default_transaction_isolation": "serializable",
-}
-
-
-@pytest.mark.postgresql
-def test_no_setting_of_a_role_changes_what_is_read_and_written(server: Server) -> None:
-    server.start()
-    alterations = "; ".join(f"ALTER ROLE odd SET {name} = '{value}'" for name, value in ODD_SETTINGS.items())
-    run_sql(server.url(), f"CREATE ROLE odd SUPERUSER LOGIN; {alterations}")
-    queues = bound(server.url(user="odd"))
-    due = 1795861365.8402488
-    queues.load([message("ada@a.example", meta={"é\\": [0.1, 1e-7]}, content=b"\\\0\xff", due=due, created=due)])
-    before = stored(server.url())
-    (printed,) = queues.messages()
-    assert (printed.due, printed.created, printed.data) == (due, due, b"\\\0\xff")
-    (claimed,) = claim(1, lease=60)
-    assert settled(claimed, "TransientFailure", {}, due + 0.1)
-    assert [row["due"] for row in stored(server.url())] == [due + 0.1]
-    undo(queues, ask(queues, {"tenant": "t"}))
-    after = [row | {"due": due, "num_attempts": 0} for row in stored(server.url())]
-    assert after == before
-    queues.database.close()
+# A role with least rights
 
 
 GRANTS = re.findall(r"```sql\n(GRANT.*?)```", (ROOT / "deploy" / "README.md").read_text(), re.DOTALL)
@@ -161,8 +121,8 @@ def test_the_grants_of_the_page_are_all_that_the_service_needs(server: Server) -
     assert settled(claimed, "Delivery", {})
     with connected_to(lambda message, data: None):
         ask(queues, trigger_rebind_event=True)
-    assert len(list(queues.records(after=0))) == 3
-    assert [len(queues.rebinds_done()), *queues.prune(9e9)] == [3, 3, 3]
+    assert len(list(deliverylog.records(queues.database, after=0))) == 3
+    assert [len(rebinds_done(queues.database)), *deliverylog.prune(queues.database, 9e9)] == [3, 3, 3]
     queues.database.close()
 
 
@@ -202,7 +162,7 @@ def test_a_pooler_whose_sessions_are_not_ours_is_told_in_one_line(server: Server
         ignore_startup_parameters = extra_float_digits
     """)
     (server.folder / "users").write_text('"postgres" ""')
-    pooler = subprocess.Popen([needs("pgbouncer"), "-q", "-u", "pgserver", str(settings)])
+    pooler = subprocess.Popen([installed("pgbouncer", as_root=True), "-q", "-u", "pgserver", str(settings)])
     try:
         registry.bind(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres", PATIENCE)
         until(lambda: is_reached(registry))
@@ -219,24 +179,6 @@ def is_reached(queues: QueueRegistry) -> bool:
         queues.queues()
         return True
     return False
-
-
-# A URL that means something else than it says
-
-
-@pytest.mark.sqlite
-@pytest.mark.parametrize(
-    ("url", "reason"),
-    [
-        ("sqlite:////tmp/a?b.db", "after sqlite:/// must be the name of a file"),
-        ("sqlite:////tmp/a.db?", "after sqlite:/// must be the name of a file"),
-        ("postgresql+psycopg://u:p@ss@host/db", "write an @ in the password as %40"),
-    ],
-)
-def test_a_url_of_which_a_part_would_be_lost_is_refused(url: str, reason: str) -> None:
-    with pytest.raises(StoreUnusable, match=f"the database URL cannot be used: {reason}") as refused:
-        QueueRegistry().bind(url, PATIENCE)
-    assert "ss@" not in refused.value.in_full
 
 
 # A host without a folder for temporary files
@@ -259,7 +201,7 @@ def test_a_missing_folder_for_temporary_files_is_named(tmp_path: Path, program: 
     bound(f"sqlite:///{tmp_path}/queues.db").load(message(meta={"large": "x" * 100_000}) for _ in range(50))
     script = READ_ONLY_ROOT.format(store=tmp_path, python=sys.executable, program=program)
     done = subprocess.run(
-        [needs("unshare"), "--mount", "sh", "-ec", script],
+        [installed("unshare", as_root=True), "--mount", "sh", "-ec", script],
         env={"PATH": os.environ["PATH"], "REBIND_DATABASE_URL": "sqlite:////mnt/queues.db", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -346,9 +288,9 @@ def test_a_standby_refuses_those_who_must_miss_nothing_and_shows_the_log_to_othe
     reader = QueueRegistry()
     reader.bind(standby.url(), PATIENCE)
     until(lambda: names(standby.url()) == ["t@example.com"])
-    assert len(list(reader.records())) == len(history(standby.url())) == 1
+    assert len(list(deliverylog.records(reader.database))) == len(history(standby.url())) == 1
     for options in ({"after": 0}, {"poll": 0.1}):
         with pytest.raises(StoreUnusable, match="ask the primary server"):
-            next(reader.records(**options))
+            next(deliverylog.records(reader.database, **options))
     for each in (queues, reader):
         each.database.close()

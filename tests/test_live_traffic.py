@@ -1,8 +1,6 @@
 """Rebinds while senders add messages and delivery workers take them away: exactly once, on both engines."""
 
-import asyncio
 import json
-import os
 import random
 import subprocess
 import sys
@@ -20,11 +18,9 @@ from urllib.parse import urlencode
 
 import pytest
 import requests
-from aiosmtpd.controller import Controller
-from aiosmtpd.smtp import SMTP, Envelope, Session
 from databases import contents, engine_for, history, locked, logged, names, run_sql, stored
-from factories import ask, connected_to, counts, message, set_data, undo
-from services import PATH, ROOT, SITE_POLICY, Service, Start, free_port
+from factories import ask, connected_to, counts, message, set_data
+from services import PATH, ROOT, SITE_POLICY, Service, Start
 from sqlalchemy import Connection, text
 from waiting import until
 
@@ -162,55 +158,6 @@ def enter(last: dict[str, dict[str, Any]], asked: Asked, records: list[dict[str,
         last[record["id"]] = record
 
 
-class SlowPeer:
-    """An SMTP server that takes each mail only after three more rebinds."""
-
-    def __init__(self) -> None:
-        self.rebinds = self.waiting = 0
-        self.served: list[str] = []
-
-    async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:
-        until_then = self.rebinds + 3
-        self.waiting += 1
-        while self.rebinds < until_then:
-            await asyncio.sleep(0.01)
-        self.waiting -= 1
-        self.served += envelope.rcpt_tos
-        return "250 OK"
-
-
-@pytest.mark.slow
-def test_a_message_that_a_worker_holds_is_delivered_by_no_other_whatever_rebinds_and_undos_do(
-    queues: QueueRegistry, url: str
-) -> None:
-    """docs/contract.md, "Delivery workers". Four of the example's workers; the rebinds go on until all is delivered."""
-    recipients = [[f"a{n}@x.example", f"b{n}@x.example"] for n in range(24)]
-    queues.load([message(each, meta={"queue": "q0.example"}) for each in recipients])
-    peer, port, dice = SlowPeer(), free_port(), random.Random(SEED)
-    server = Controller(peer, hostname="127.0.0.1", port=port)
-    server.start()
-    routes = [f"--route=q{n}.example=127.0.0.1:{port}" for n in range(3)]
-    command = [sys.executable, "examples/deliver.py", *routes]
-    environment = os.environ | {"REBIND_DATABASE_URL": url}
-    workers = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(4)]
-    rebinds = [ask(queues)]
-    try:
-        while stored(url):
-            until(lambda: peer.waiting > 0 or stored(url) == [])
-            flush = dice.random() < 0.5
-            if dice.random() < 0.3:
-                rebinds.append(undo(queues, dice.choice(rebinds), always_flush=flush))
-            else:
-                rebinds.append(ask(queues, {"queue": f"q{dice.randrange(3)}.example"}, always_flush=flush))
-            peer.rebinds += 1
-    finally:
-        for worker in workers:
-            worker.terminate()
-        server.stop()
-    assert [worker.wait(60) for worker in workers] == [0] * 4
-    assert Counter(peer.served) == Counter(chain(*recipients)), "each was served once"
-
-
 @dataclass(frozen=True)
 class Holder:
     """A worker that holds one message in a transaction that does not end."""
@@ -308,10 +255,8 @@ def test_a_deadlock_with_a_worker_does_not_reach_the_client(
         holder.db.execute(text("UPDATE messages SET num_attempts = 9 WHERE id = :id"), {"id": first})
         holder.db.commit()
         assert counts(rebound.result()) == (2, 2, 2)
-    assert {row["id"]: (row["queue"], row["num_attempts"]) for row in stored(url)} == {
-        first: ("new", 9),
-        last: ("new", 0),
-    }
+    attempts = {row["id"]: (row["queue"], row["num_attempts"]) for row in stored(url)}
+    assert attempts == {first: ("new", 9), last: ("new", 0)}
     assert len(logged(url)) == 2
 
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, update
 
+import deliverylog
 import tables
 from history import KeyReused, NothingToUndo, UnknownRebind
 from message import Message, NewMessage
@@ -312,7 +313,7 @@ def same(url: str, registry: QueueRegistry, model: Model, request: RebindRequest
     said = ("rebind_id", "id", "sender", "recipient", "queue", "meta", "size", "num_attempts", "old_queue", "actor")
     assert [
         {n: record[n] for n in said} | {"content": record["response"]["content"]}
-        for record in in_order(registry.records())
+        for record in in_order(deliverylog.records(registry.database))
     ] == [in_log(record) for record in model.records]
     numbers = ("matched", "moved", "flushed", "left_alone")
     kept = [(row["rebind_id"], row["actor"], row["request"], *(row[n] for n in numbers)) for row in history(url)]

@@ -13,6 +13,7 @@ from databases import engine_for, run_sql, stored
 from factories import ask, connected_to, message, settled
 from terminal import Flask
 
+import deliverylog
 from delivery import Outcome, claim, settle
 from message import Message
 from queues import QueueRegistry
@@ -79,7 +80,7 @@ class Store:
 
     def logged(self) -> list[str]:
         """Of which messages there are records."""
-        return sorted(record["id"] for record in self.queues.records())
+        return sorted(record["id"] for record in deliverylog.records(self.queues.database))
 
     def noted(self) -> int:
         """How many messages have the note that a rebind leaves."""
@@ -182,6 +183,8 @@ def test_the_outcome_of_a_claim_is_written_whatever_its_recipients_became(
     (claimed,) = claim(1, lease=60)
     run_sql(url, f"UPDATE messages SET recipient = '{became}', domain = 'odd.example'")
     assert settle(claimed, [Outcome("Delivery", ["ada@example.com"], OK)], due=4e9)
-    assert [(each["type"], each["recipient"]) for each in queues.records()] == [("Delivery", "ada@example.com")]
+    assert [(each["type"], each["recipient"]) for each in deliverylog.records(queues.database)] == [
+        ("Delivery", "ada@example.com")
+    ]
     (row,) = stored(url)
     assert (row["recipient"], row["domain"], row["num_attempts"]) == (left, "odd.example", 1)

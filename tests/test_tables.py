@@ -14,6 +14,7 @@ from services import ROOT
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+import deliverylog
 from queues import QueueRegistry
 from tables import FIRST_SECOND, LAST_SECOND, MAX_NAME
 
@@ -187,7 +188,7 @@ def test_a_row_that_is_just_within_the_limits_is_taken(
     queues: QueueRegistry, url: str, table: str, column: str, value: str
 ) -> None:
     run_sql(url, insertion(table, column, value))
-    assert (len(stored(url)), len(list(queues.records()))) == (table == "messages", table == "log")
+    assert (len(stored(url)), len(list(deliverylog.records(queues.database)))) == (table == "messages", table == "log")
 
 
 @pytest.mark.parametrize(
