@@ -271,7 +271,7 @@ def test_the_registry_does_what_the_model_does(
 
 
 @pytest.mark.slow
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=100)
 @given(loaded, sessions)
 def test_the_registry_does_what_the_model_does_in_many_examples(
     url: str, registry: QueueRegistry, new: list[NewMessage], session: list[tuple[str, Any]]
