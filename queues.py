@@ -142,8 +142,9 @@ class QueueRegistry:
         """
         added = empty = discarded = 0
         with self.database.begin_write() as db:
+            now = self.database.backend.now(db)
             for batch in batches(new, lambda one: len(one.content)):
-                rows = [row for row in map(_row, batch) if row["queue"] != DISCARDED]
+                rows = [row for row in (_row(one, now) for one in batch) if row["queue"] != DISCARDED]
                 _refuse_duplicates(db, batch)
                 if rows:
                     db.execute(sa.insert(messages), rows)
@@ -275,8 +276,8 @@ def _flushed(request: RebindRequest, matched: int, moved: int) -> int:
     return 0 if request.undo is not None else moved
 
 
-def _row(new: NewMessage) -> dict[str, Any]:
-    now, domain = time.time(), domain_of(new.recipient) if new.domain is None else new.domain
+def _row(new: NewMessage, now: float) -> dict[str, Any]:
+    domain = domain_of(new.recipient) if new.domain is None else new.domain
     return {
         "id": new.id,
         "sender": new.sender,

@@ -45,8 +45,7 @@ DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 # Where SQLite looks for a folder for temporary files, which a large rebind needs (https://www.sqlite.org/tempfiles.html).
 TEMPORARY = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp", ".")  # noqa: S108
 NO_TEMPORARY = "SQLite has no folder for temporary files: set SQLITE_TMPDIR to one that it can write to"
-# Of the file: what does not mend itself.
-WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EACCES}
+WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EACCES}  # of the file: what does not mend itself
 
 _rowid: sa.ColumnElement[int] = sa.literal_column("messages.rowid", sa.Integer)
 
