@@ -86,7 +86,7 @@ class NewState:
     """What a rebind by data or an undo makes of each message, in SQL."""
 
     values: Mapping[str, sa.ColumnElement[Any]]  # the new value of each column that may change
-    renames: bool  # most messages will move
+    renames: bool  # messages will move, so that nobody needs to look first whether any does
     due_if_moved: bool  # `due` stays the same for messages that do not move
 
 
@@ -181,7 +181,7 @@ class Backend(Protocol):
     def update_all(
         self, db: sa.Connection, selection: Selection, new: NewState, rebind_id: str | None
     ) -> tuple[int, int]:
-        """The same by SQL alone: how many messages there were, and how many moved."""
+        """Change messages by SQL alone, with a record of each unless `rebind_id` is None: how many, how many moved."""
 
     def update_each(self, db: sa.Connection, selection: Selection, decide: Decide, rebind_id: str | None) -> None:
         """Make each message what `decide` says, in batches, and write a record of each unless `rebind_id` is None."""
