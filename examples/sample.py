@@ -1,7 +1,7 @@
 """A sample of 300 messages, one a line, as KumoMTA's inspect-message shows them.
 
 Four tenants and what they send: newsletters in campaigns, receipts, messages by another route, and one pinned queue.
-The same each time, except `due`, which is around now.
+The same each time, except their times: `due` is around now, and they came in the last three days.
 """
 
 import json
@@ -30,10 +30,12 @@ def main() -> None:
     for count, domain, meta in MAILINGS:
         for _ in range(count):
             due = now + timedelta(seconds=dice.randint(-600, 3600))
-            print(json.dumps(message(dice, domain, meta, due)))
+            print(json.dumps(message(dice, domain, meta, now, due)))
 
 
-def message(dice: random.Random, sender_domain: str, meta: dict[str, str], due: datetime) -> dict[str, object]:
+def message(
+    dice: random.Random, sender_domain: str, meta: dict[str, str], now: datetime, due: datetime
+) -> dict[str, object]:
     """A message with one recipient, or now and then with two in the same domain."""
     to_domain = dice.choice(DOMAINS)
     names = dice.sample(NAMES, 2 if dice.random() < 0.05 else 1)
@@ -45,6 +47,8 @@ def message(dice: random.Random, sender_domain: str, meta: dict[str, str], due: 
         f"Subject: {meta.get('campaign', 'Your receipt')}\r\n"
         f"Message-ID: <{id}@{sender_domain}>\r\n\r\nHello {names[0].title()},\r\n\r\nthank you.\r\n"
     )
+    attempts = dice.choice([0, 0, 0, 1, 2])
+    created = min(now, due) - timedelta(days=attempts, seconds=int(id[:4], 16))
     return {
         "id": id,
         "message": {
@@ -52,8 +56,9 @@ def message(dice: random.Random, sender_domain: str, meta: dict[str, str], due: 
             "recipient": recipients if len(recipients) > 1 else recipients[0],
             "meta": {**meta, "reception_protocol": "ESMTP", "received_from": "192.0.2.10:40213"},
             "data": content,
+            "created": created.isoformat(),
             "due": due.isoformat(),
-            "num_attempts": dice.choice([0, 0, 0, 1, 2]),
+            "num_attempts": attempts,
         },
     }
 
