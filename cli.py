@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
@@ -31,10 +32,20 @@ from deliverylog import prune as prune_log
 from display import age, counted, on_terminal, print_table
 from history import KeyReused, NothingToUndo, UnknownRebind, rebinds_done
 from kumo import WrongFile, read_messages, shown_message
-from names import Criteria, QueueName
+from names import EVERYTHING, Criteria, QueueName
 from queues import DuplicateMessage, registry
 from rebinding import RebindRequest, RebindResult, printable
-from schemas import MAX_LIMIT, NotJSON, idempotency_key, in_a_line, parse_json, rebind_query, rebind_request, seconds
+from schemas import (
+    MAX_LIMIT,
+    NotJSON,
+    RebindQuerySchema,
+    idempotency_key,
+    in_a_line,
+    parse_json,
+    rebind_query,
+    rebind_request,
+    seconds,
+)
 from store import StoreError
 
 VERSION: str = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text("utf-8"))["project"]["version"]
@@ -107,16 +118,45 @@ def counter(label: str, counted: Iterable[Any] = count()) -> Any:
     return click.progressbar(counted, None, label, hidden, show_pos=True, file=sys.stderr, update_min_steps=1000)
 
 
-def criteria_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each field of Criteria."""
+def queue_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that pick queues."""
+    options = [click.option("--queue", metavar="NAME", multiple=True, help="Only the queue of this name. Repeatable.")]
     for name in ("routing-domain", "domain", "tenant", "campaign"):
         of_these = f"Only queues of this {name.replace('-', ' ')}."
-        command = click.option(f"--{name}", metavar="NAME", help=of_these)(command)
+        options.append(click.option(f"--{name}", metavar="NAME", help=of_these))
+    for option in options:
+        command = option(command)
     return command
 
 
+def given_ids(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """The ids on the command line, those on standard input in the place of `-`."""
+    if "-" not in values:
+        return values
+    lines = [line for line in sys.stdin.read().split("\n") if line]
+    if not lines:  # it would be as if --id were not given
+        raise click.BadParameter("there is no id on standard input")
+    return tuple(one for one in values if one != "-") + tuple(lines)
+
+
+id_option = click.option(
+    "--id",
+    metavar="ID",
+    multiple=True,
+    callback=given_ids,
+    help="Only the message with this id, or with -, those on standard input, one per line. Repeatable.",
+)
+
+
+def say_missing(ids: tuple[str, ...], limit: int | None, found: int) -> None:
+    """Say on standard error how many of the messages that were named by their ids were found, if it is not all."""
+    if limit is None and found < len({*ids}):
+        click.echo(f"{found} of {counted(len({*ids}), 'message')} found", err=True)
+
+
 @click.command(cls=StoreCommand)
-@criteria_options
+@queue_options
+@id_option
 @click.option("--everything", is_flag=True, help="Rebind all queues. Needed if there is no criterion.")
 @click.option("--reason", metavar="TEXT", required=True, help="Logged with every message.")
 @click.option("--data", metavar="JSON", default="{}", help="The metadata to set, as a JSON object of strings.")
@@ -129,14 +169,15 @@ def criteria_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--undo", metavar="REBIND_ID", help="Take back what this rebind did.")
 @click.option("--idempotency-key", "key", metavar="KEY", help="If done before with this key, only repeat its answer.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and change nothing.")
-def rebind(
-    everything: bool, data: str, sets: tuple[str, ...], key: str | None, unset: tuple[str, ...], **fields: Any
-) -> None:
+def rebind(everything: bool, data: str, sets: tuple[str, ...], key: str | None, **fields: Any) -> None:
     """Move messages into other queues, as POST /api/admin/rebind/v1 does, but on the database itself."""
     if not all(each.find("=") > 0 for each in sets):
         raise click.UsageError("--set needs KEY=VALUE")
-    query = {"dry_run": str(fields.pop("dry_run")).lower(), "limit": fields.pop("limit"), "undo": fields.pop("undo")}
-    parameters = {name: [value] for name, value in query.items() if value is not None} | {"unset": [*unset]}
+    query = {name: fields.pop(name) for name in RebindQuerySchema().fields}
+    query["dry_run"] = str(query["dry_run"]).lower()
+    parameters = {
+        name: [*value] if isinstance(value, tuple) else [value] for name, value in query.items() if value is not None
+    }
     try:
         values = parse_json(os.fsencode(data))
         if isinstance(values, dict):
@@ -147,7 +188,7 @@ def rebind(
         raise click.UsageError(f"--data is not valid JSON: {error}") from error
     except ValidationError as error:
         raise click.UsageError(in_a_line(error.messages)) from error
-    if request.criteria.match_all and not everything and request.undo is None:
+    if request.criteria == EVERYTHING and not everything and request.undo is None:
         raise click.UsageError("give a criterion, or --everything for all queues")
     result = rebound(request)
     if result.plan is not None:
@@ -156,6 +197,7 @@ def rebind(
         if result.plan.more:
             click.echo(f"and {counted(result.plan.more, 'more pair')} of queues")
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
+    say_missing(request.criteria.id, request.limit, result.matched)
 
 
 def rebound(request: RebindRequest) -> RebindResult:
@@ -168,11 +210,11 @@ def rebound(request: RebindRequest) -> RebindResult:
 
 
 @click.command(cls=StoreCommand)
-@criteria_options
+@queue_options
 @click.option("--sort", type=click.Choice(["name", "messages", "due", "oldest"]), default="name", show_default=True)
 @click.option("--limit", metavar="N", type=LIMIT, help="Show only the first N queues.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-def queues(sort: str, limit: int | None, as_json: bool, **criteria: str | None) -> None:
+def queues(sort: str, limit: int | None, as_json: bool, **criteria: Any) -> None:
     """List the scheduled queues: how many messages, how many of them due, the oldest's age, and the most attempts."""
     found = registry.queues(Criteria(**criteria))
     shown = found if sort == "name" else sorted(found, key=attrgetter(sort), reverse=sort != "oldest")
@@ -189,19 +231,21 @@ def queues(sort: str, limit: int | None, as_json: bool, **criteria: str | None) 
 
 
 @click.command(cls=StoreCommand)
-@criteria_options
-@click.option("--id", metavar="ID", help="Only the message with this id.")
+@queue_options
+@id_option
 @click.option("--limit", metavar="N", type=LIMIT, help="At most N messages, those due soonest.")
 @click.option("--content", is_flag=True, help="With the content, so that `flask load` can read the messages.")
-def messages(id: str | None, limit: int | None, content: bool, **criteria: str | None) -> None:
+def messages(limit: int | None, content: bool, **criteria: Any) -> None:
     """Print messages, one JSON object per line. If one cannot be read, the others are printed nevertheless."""
-    unreadable = 0
-    for row in registry.messages(Criteria(**criteria), id, limit):
+    unreadable = found = 0
+    for row in registry.messages(Criteria(**criteria), limit):
+        found += 1
         try:
             click.echo(json.dumps(shown_message(row, content)))
         except (ValueError, RecursionError) as error:
             click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
             unreadable = 1
+    say_missing(criteria["id"], limit, found)
     sys.exit(unreadable)
 
 
@@ -249,12 +293,15 @@ def history(since: float | None, limit: int | None, as_json: bool) -> None:
 
 
 def as_options(asked: dict[str, Any]) -> str:
-    """What was asked, except the reason, as options of `flask rebind`."""
-    words = []
+    """What was asked, except the reason, as options of `flask rebind`. Of several ids, it shows how many they are."""
+    has_criteria = asked.keys() & {"undo", *(field.name for field in dataclass_fields(Criteria))}
+    words = [] if has_criteria else ["--everything"]
     for name in sorted(asked.keys() - {"reason"}):
         option, given = f"--{name.replace('_', '-')}", asked[name]
         if name == "data":
             option, given = "--set", [f"{key}={value}" for key, value in given.items()]
+        if name == "id" and len(given) > 1:
+            given = f"{len(given)} ids"
         for value in given if isinstance(given, list) else [given]:
             words += [option] if value is True else [option, str(value)]
     return shlex.join(words)

@@ -161,8 +161,8 @@ class Backend(Protocol):
     def writers_of_log(self, db: sa.Connection) -> Collection[str]:
         """The transactions that may still commit records with smaller keys than the last one that can be read."""
 
-    def in_queues(self, names: Sequence[str]) -> sa.ColumnElement[bool]:
-        """Whether a message is in one of the queues; the names, however many, are one parameter."""
+    def among(self, column: sa.Column[str], values: Sequence[str]) -> sa.ColumnElement[bool]:
+        """Whether the column has one of these values; however many they are, they are one parameter."""
 
     def meta_text(self, key: str) -> sa.ColumnElement[str]:
         """The string at a plain key of a message's metadata; NULL if there is none."""

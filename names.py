@@ -1,7 +1,7 @@
 """The names of scheduled queues: parsed, built, and matched. docs/contract.md, "The name of a message's queue"."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Self
 
@@ -38,9 +38,6 @@ class QueueName:
             routing_domain=routing_domain if bang else None,
         )
 
-    def __str__(self) -> str:
-        return _built(self.campaign, self.tenant, self.domain, self.routing_domain)
-
     @property
     def site(self) -> str:
         """The host that a worker delivers to, perhaps with a port. An empty routing domain names none."""
@@ -64,29 +61,33 @@ def _built(campaign: str | None, tenant: str | None, domain: str, routing_domain
 
 @dataclass(frozen=True)
 class Criteria:
-    """Which queues to pick, by the parts of their names; domains in any case. docs/contract.md, "The request"."""
+    """Which messages to pick. docs/contract.md, "The request" and "Beyond the page"."""
 
     campaign: str | None = None
     tenant: str | None = None
-    domain: str | None = None
-    routing_domain: str | None = None
+    domain: str | None = None  # in any case
+    routing_domain: str | None = None  # in any case
+    queue: tuple[str, ...] = ()  # only queues of these names; empty is any
+    id: tuple[str, ...] = ()  # only messages of these ids; empty is any
 
     @property
-    def match_all(self) -> bool:
-        """Whether there is no criterion, so that all queues match."""
-        return self == ALL_QUEUES
+    def every_queue(self) -> bool:
+        """Whether nothing is asked of a queue's name."""
+        return replace(self, id=()) == EVERYTHING
 
-    def match(self, name: QueueName) -> bool:
+    def match(self, queue: str) -> bool:
         """Whether the queue of this name is picked."""
+        name = QueueName.parse(queue)
         return (
             self.campaign in (None, name.campaign)
             and self.tenant in (None, name.tenant)
             and _is_domain(self.domain, name.domain)
             and _is_domain(self.routing_domain, name.routing_domain)
+            and (not self.queue or queue in self.queue)
         )
 
 
-ALL_QUEUES = Criteria()
+EVERYTHING = Criteria()
 
 
 def _is_domain(criterion: str | None, component: str | None) -> bool:

@@ -133,8 +133,8 @@ def last_key(db: sa.Connection) -> int:
     return int(db.scalar(sa.text("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM log_key_seq")) or 0)
 
 
-def in_queues(names: Sequence[str]) -> sa.ColumnElement[bool]:
-    return messages.c.queue == sa.func.any(sa.literal(list(names), ARRAY(sa.Text)))
+def among(column: sa.Column[str], values: Sequence[str]) -> sa.ColumnElement[bool]:
+    return column == sa.func.any(sa.literal(list(values), ARRAY(sa.Text)))
 
 
 def meta_text(key: str) -> sa.ColumnElement[str]:

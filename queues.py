@@ -19,7 +19,7 @@ import sqlite
 from event import Stream
 from message import NewMessage, domain_of
 from moving import MESSAGE_COLUMNS, Backend, NewState, Selection, batches
-from names import ALL_QUEUES, DISCARDED, NAMING_KEYS, Criteria, QueueName, new_name, queue_name
+from names import DISCARDED, EVERYTHING, NAMING_KEYS, Criteria, new_name, queue_name
 from rebinding import Plan, RebindRequest, RebindResult, in_a_line
 from store import Database, StoreConflict, StoreRefused, StoreUnusable
 from tables import MAX_NAME, TOO_LONG, contents, messages
@@ -154,7 +154,7 @@ class QueueRegistry:
                 discarded += len(batch) - len(rows)
         return Loaded(added, empty, discarded)
 
-    def queues(self, criteria: Criteria = ALL_QUEUES) -> list[QueueSummary]:
+    def queues(self, criteria: Criteria = EVERYTHING) -> list[QueueSummary]:
         """The queues that match, by name. Raises StoreUnavailable."""
         oldest, attempts = sa.func.min(messages.c.created), sa.func.max(messages.c.num_attempts)
         with self.database.autocommit() as db:
@@ -163,13 +163,10 @@ class QueueRegistry:
             matching = statement.where(_matching(self.database.backend, db, criteria)).order_by(messages.c.queue)
             return [QueueSummary(*row) for row in db.execute(matching)]
 
-    def messages(
-        self, criteria: Criteria = ALL_QUEUES, id: str | None = None, limit: int | None = None
-    ) -> Iterator[Any]:
+    def messages(self, criteria: Criteria = EVERYTHING, limit: int | None = None) -> Iterator[Any]:
         """The messages that match, or those due soonest: MESSAGE_COLUMNS and `data`. Raises StoreUnavailable."""
         with self.database.begin_read() as db:
-            matching = _matching(self.database.backend, db, criteria)
-            found = Selection(matching if id is None else matching & (messages.c.id == id), limit)
+            found = Selection(_matching(self.database.backend, db, criteria), limit)
             data = sa.select(contents.c.data).where(contents.c.id == messages.c.id).scalar_subquery().label("data")
             yield from db.execute(found.select(*MESSAGE_COLUMNS, data), execution_options={"yield_per": CONTENTS})
 
@@ -215,13 +212,16 @@ def _queue_names(after: str | None = None, last: str | None = None) -> sa.CTE:
 def matching_queues(db: sa.Connection, criteria: Criteria) -> list[str]:
     """The names of the queues that match."""
     names = _queue_names().c.queue
-    found = db.scalars(sa.select(names).where(names.is_not(None)))
-    return [name for name in found if criteria.match(QueueName.parse(name))]
+    found = criteria.queue or db.scalars(sa.select(names).where(names.is_not(None)))
+    return [name for name in found if criteria.match(name)]
 
 
 def _matching(backend: Backend, db: sa.Connection, criteria: Criteria) -> sa.ColumnElement[bool]:
-    """Whether a message is in a queue that matches."""
-    return sa.true() if criteria.match_all else backend.in_queues(matching_queues(db, criteria))
+    """Whether a message matches."""
+    matching: sa.ColumnElement[bool] = sa.true()
+    if not criteria.every_queue:
+        matching = backend.among(messages.c.queue, matching_queues(db, criteria))
+    return matching & backend.among(messages.c.id, criteria.id) if criteria.id else matching
 
 
 class Work(NamedTuple):

@@ -1,11 +1,11 @@
 """The values that travel: what is asked for, what came of it, and the plan of a dry run."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from message import to_json
-from names import ALL_QUEUES, Criteria
+from names import EVERYTHING, Criteria
 
 MAX_MOVES = 100  # entries of a plan
 MAX_SHOWN = 200  # characters of a value in the diagnostic log
@@ -17,7 +17,7 @@ class RebindRequest:
 
     reason: str  # logged with every matched message
     data: dict[str, str]  # the metadata to set, or what the event's handlers get
-    criteria: Criteria = ALL_QUEUES  # which queues
+    criteria: Criteria = EVERYTHING  # which messages
     trigger_rebind_event: bool = False  # call the event with each message and `data`, instead of setting `data`
     always_flush: bool = False  # make every matched message due now, not only those whose queue changed
     suppress_logging: bool = False  # write no AdminRebind records
@@ -30,12 +30,13 @@ class RebindRequest:
 
     def asked(self) -> dict[str, Any]:
         """All that was asked, as the history keeps it; what was left out is missing."""
-        fields = asdict(self)
-        criteria = fields.pop("criteria")
-        for name in ("actor", "idempotency_key", "dry_run"):
+        fields = vars(self) | vars(self.criteria)
+        for name in ("criteria", "actor", "idempotency_key", "dry_run"):
             del fields[name]
-        return {name: value for name, value in (fields | criteria).items() if value not in (None, False, ())} | {
-            "unset": sorted(self.unset)
+        return {
+            name: sorted(value) if isinstance(value, tuple) else value
+            for name, value in fields.items()
+            if name == "unset" or value not in (None, False, ())
         }
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields as dataclass_fields
 from datetime import datetime
 from functools import partial
 from itertools import chain
@@ -164,6 +165,8 @@ class StrictBoolean(fields.Boolean):
 
 A_LIMIT = validate.Regexp(r"[1-9][0-9]{0,17}\Z", error="Not a whole number from 1 to 10^18 - 1.")
 FEW_KEYS = validate.Length(max=1000, error="Must not have more than {max} keys.")
+FEW_IDS = validate.Length(max=100_000, error="Must not be more than {max} ids.")
+REPEATABLE = ("unset", "queue", "id")  # query parameters
 
 
 class RebindRequestSchema(Schema):
@@ -192,8 +195,10 @@ class RebindQuerySchema(Schema):
 
     dry_run = fields.Boolean(truthy={"true"}, falsy={"false"}, load_default=False)
     limit = fields.String(validate=A_LIMIT, load_default=None)
-    unset = fields.List(text(), load_default=[])
     undo = text(load_default=None)
+    unset = fields.List(text(), load_default=[])
+    queue = fields.List(text(), load_default=[])
+    id = fields.List(text(), load_default=[], validate=FEW_IDS)
 
 
 class QueryError(ValidationError):
@@ -207,16 +212,17 @@ _STRING = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"')
 
 
 def rebind_query(args: Mapping[str, list[str]]) -> dict[str, Any]:
-    """The query parameters as fields of RebindRequest. Raises QueryError."""
-    repeated = [name for name, values in args.items() if len(values) > 1 and name != "unset"]
+    """The query parameters, with a tuple for each of REPEATABLE. Raises QueryError."""
+    repeated = [name for name, values in args.items() if len(values) > 1 and name not in REPEATABLE]
     if repeated:
         raise QueryError({name: ["Given more than once."] for name in repeated})
-    given = {name: values if name == "unset" else values[0] for name, values in args.items()}
+    given = {name: values if name in REPEATABLE else values[0] for name, values in args.items()}
     try:
         query: dict[str, Any] = _query.load(given)
     except ValidationError as error:
         raise QueryError(error.messages) from error
-    return query | {"limit": query["limit"] and int(query["limit"]), "unset": tuple(dict.fromkeys(query["unset"]))}
+    each_once = {name: tuple(dict.fromkeys(query[name])) for name in REPEATABLE}
+    return query | each_once | {"limit": query["limit"] and int(query["limit"])}
 
 
 def idempotency_key(header: str | None) -> str | None:
@@ -230,9 +236,9 @@ def idempotency_key(header: str | None) -> str | None:
 
 def rebind_request(body: Any, query: dict[str, Any], key: str | None, actor: str) -> RebindRequest:
     """What is asked for. Raises ValidationError for the body, and QueryError for a parameter that conflicts with it."""
-    fields = _body.load(body)
-    criteria = Criteria(*(fields.pop(name) for name in ("campaign", "tenant", "domain", "routing_domain")))
-    request = RebindRequest(**fields, **query, criteria=criteria, idempotency_key=key, actor=actor)
+    given = _body.load(body) | query
+    criteria = Criteria(**{field.name: given.pop(field.name) for field in dataclass_fields(Criteria)})
+    request = RebindRequest(**given, criteria=criteria, idempotency_key=key, actor=actor)
     if conflicts := dict(_conflicts(request)):
         raise QueryError(conflicts)
     return request

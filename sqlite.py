@@ -186,8 +186,8 @@ def writers_of_log(db: sa.Connection) -> set[str]:
     return set()  # one at a time writes
 
 
-def in_queues(names: Sequence[str]) -> sa.ColumnElement[bool]:
-    return messages.c.queue.in_(sa.select(sa.func.json_each(json.dumps(names)).table_valued("value").c.value))
+def among(column: sa.Column[str], values: Sequence[str]) -> sa.ColumnElement[bool]:
+    return column.in_(sa.select(sa.func.json_each(json.dumps(values)).table_valued("value").c.value))
 
 
 def meta_text(key: str) -> sa.ColumnElement[str]:

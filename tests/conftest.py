@@ -201,8 +201,8 @@ def service(gunicorn: Service, queues: QueueRegistry) -> Service:
 def flask(queues: QueueRegistry, url: str) -> Flask:
     """Run a command of the service's in this process: its exit status, standard output and standard error."""
 
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        result = commands_for(url).invoke(args=[str(argument) for argument in arguments])
+    def run(*arguments: str | Path, stdin: str = "") -> tuple[int, str, str]:
+        result = commands_for(url).invoke(args=[str(argument) for argument in arguments], input=stdin)
         if not isinstance(result.exception, SystemExit | None):
             raise result.exception
         return result.exit_code, result.stdout, result.stderr

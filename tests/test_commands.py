@@ -26,6 +26,7 @@ from deliverylog import MAX_ATTEMPTS
 from display import fitted, width
 from event import rebind as rebind_event
 from message import Message
+from names import Criteria
 from queues import QueueRegistry, logger
 from tables import FIRST_SECOND, LAST_SECOND
 
@@ -288,7 +289,20 @@ def test_messages_are_picked_soonest_due_first(flask: Flask, queues: QueueRegist
     assert [one["id"] for one in lines(flask("messages", "--tenant", "acme", "--limit", "2"))] == ["c", "a"]
     (one,) = lines(flask("messages", "--id", "b"))
     assert (one["message"]["recipient"], "data" in one["message"]) == ("ada@example.com", False)
-    assert lines(flask("messages", "--id", "b", "--campaign", "summer")) == []
+    assert flask("messages", "--id", "b", "--campaign", "summer") == (0, "", "0 of 1 message found\n")
+
+
+def test_messages_are_picked_by_their_ids_and_queues_by_their_names(flask: Flask, queues: QueueRegistry) -> None:
+    queues.load([message(id=id, meta=meta) for id, meta in (("a", SPRING), ("b", SPRING), ("c", {}), ("-x", {}))])
+    status, printed, said = flask("messages", "--id", "b", "--id", "-", "--id", "a", stdin="-x\nnowhere\n\nb\n")
+    assert sorted(json.loads(line)["id"] for line in printed.splitlines()) == ["-x", "a", "b"]
+    assert (status, said) == (0, "3 of 4 messages found\n")
+    rebind = ("rebind", "--reason", "r", "--always-flush")
+    assert flask(*rebind, "--id", "-", "--queue", FIRST, stdin="a\nb\nc\n")[1].startswith("2 matched, 0 moved, 2 fl")
+    status, printed, said = flask(*rebind, "--tenant", "acme", "--id", "-", stdin="\n")
+    assert (status, printed) == (2, "")
+    assert said.endswith("Error: Invalid value for '--id': there is no id on standard input\n")
+    assert [row["messages"] for row in lines(flask("queues", "--json", "--queue", FIRST, "--queue", "none"))] == [2]
 
 
 # flask log
@@ -332,14 +346,16 @@ def test_since_is_inclusive_and_until_is_not(flask: Flask, queues: QueueRegistry
 
 def test_history_is_a_table_newest_first(flask: Flask, queues: QueueRegistry) -> None:
     queues.load([message(meta=SPRING)])
-    made = ["--set", "queue=x y", "--tenant", "acme"]
+    made, by_name = ["--set", "queue=x y", "--tenant", "acme"], "--id '2 ids' --queue 'x y' --queue z"
     first = ask(queues, {"queue": "x y"}, reason="first", tenant="acme")
     second = ask(queues, reason="second", always_flush=True, unset=("queue",), limit=2)
-    of = "1      1  me     "
+    third = ask(queues, reason="third", criteria=Criteria(queue=("x y", "z"), id=("a", "b")))
+    of, everything = "1      1  me     ", "--everything --always-flush --limit 2 --unset queue"
     assert re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME".ljust(20), flask("history")[1]).splitlines() == [
-        f"when                  {'rebind_id':36}  matched  moved  actor  {'what':38}  reason",
-        f"TIME                  {second.rebind_id}        {of}--always-flush --limit 2 --unset queue  second",
-        f"TIME                  {first.rebind_id}        {of}{shlex.join(made):38}  first",
+        f"when                  {'rebind_id':36}  matched  moved  actor  {'what':51}  reason",
+        f"TIME                  {third.rebind_id}        0      0  me     {by_name:51}  third",
+        f"TIME                  {second.rebind_id}        {of}{everything}  second",
+        f"TIME                  {first.rebind_id}        {of}{shlex.join(made):51}  first",
     ]
 
 
@@ -502,9 +518,9 @@ def test_a_terminal_shows_the_store_and_a_table_that_fits(
     store, *table = on_a_terminal(start_command, "queues", columns=60).splitlines()
     assert (store, [len(line) <= 60 for line in table]) == (f"rebind {VERSION}, store: {shown}", [True, True, True])
     assert (table[1].split()[0], "\x1b" in "".join(table)) == (f"{'x' * 26}…", False)
-    rebind_id = ask(queues, {"note": "x" * 50}).rebind_id
+    rebind_id = ask(queues, {"note": "x" * 35}).rebind_id
     _, *history = on_a_terminal(start_command, "history", columns=80).splitlines()
-    note = f"--set note={'x' * 50}"
+    note = f"--everything --set note={'x' * 35}"
     assert [line.split() for line in history] == [
         ["when", "rebind_id", "matched", "moved"],
         ["actor", "what", "reason"],

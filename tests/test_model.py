@@ -50,7 +50,7 @@ class Model:
                 raise KeyReused
             return answer
         found, left = self.found(request, now)
-        found = [each for each in found if matches(request.criteria, each[0]["queue"])]
+        found = [each for each in found if matches(request.criteria, each[0])]
         found.sort(key=lambda pair: (pair[0]["due"], pair[0]["id"].encode()))
         found = found[: request.limit]
         moves = Counter((row["queue"], new["queue"]) for row, new in found)
@@ -157,14 +157,17 @@ def name(meta: Row, domain: str) -> str:
     return before + domain + ("" if route is None else f"!{route}") if queue is None else queue
 
 
-def matches(wanted: Criteria, queue: str) -> bool:
-    """Whether the criteria pick the queue."""
-    found = re.fullmatch(r"(?s:(?:(?:([^:@]*):)?([^@]*)@)?([^!]*)(?:!(.*))?)", queue)
+def matches(wanted: Criteria, row: Row) -> bool:
+    """Whether the criteria pick the message."""
+    found = re.fullmatch(r"(?s:(?:(?:([^:@]*):)?([^@]*)@)?([^!]*)(?:!(.*))?)", row["queue"])
     assert found
     campaign, tenant, domain, route = found.groups()
     pairs = [(wanted.campaign, campaign), (wanted.tenant, tenant)]
     pairs += [(lower(wanted.domain), lower(domain)), (lower(wanted.routing_domain), lower(route))]
-    return all(criterion is None or criterion == component for criterion, component in pairs)
+    lists = [(wanted.queue, row["queue"]), (wanted.id, row["id"])]
+    return all(criterion is None or criterion == component for criterion, component in pairs) and all(
+        not names or name in names for names, name in lists
+    )
 
 
 def domain_of(recipient: str | list[str]) -> str:
@@ -219,8 +222,12 @@ loaded = st.lists(
 )
 rarely = st.sampled_from([True, False, False])
 absent = [None] * 10  # criteria are few, so that they match often
+places = st.integers(0, 20)
+few = st.just(()) | st.just(()) | st.lists(places.map(str), min_size=1, max_size=4).map(tuple)
 criteria = st.builds(
     Criteria,
+    queue=few,  # those of the messages at these places
+    id=few,
     domain=st.sampled_from([*absent, "x.example", "Y.EXAMPLE", "[ipv6:::1]", "É.example", "a", ""]),
     **{key: st.sampled_from([*absent, "a", "b", ""]) for key in ("campaign", "tenant", "routing_domain")},
 )
@@ -242,7 +249,6 @@ envelope = st.fixed_dictionaries(
 by_event = st.builds(
     RebindRequest, data=st.builds(dict.__or__, data, envelope), trigger_rebind_event=st.just(True), **common
 )
-places = st.integers(0, 20)
 steps = st.one_of(
     st.tuples(st.just("ask"), by_data | by_event),
     st.tuples(st.just("ask"), by_data | by_event),
@@ -297,8 +303,18 @@ def compare(url: str, registry: QueueRegistry, new: list[NewMessage], session: l
                 same(url, registry, model, asked[what % len(asked)])
             elif step in ("ask", "undo"):
                 ids = [*(row["rebind_id"] for row in model.history), "unknown"]
-                asked.append(what if step == "ask" else replace(what, undo=ids[int(what.undo) % len(ids)]))
+                undo = None if step == "ask" else ids[int(what.undo) % len(ids)]
+                asked.append(replace(what, undo=undo, criteria=placed(what.criteria, model.rows)))
                 same(url, registry, model, asked[-1])
+
+
+def placed(criteria: Criteria, rows: list[Row]) -> Criteria:
+    """The criteria, with names and ids instead of places of messages; an unknown one if there are no more messages."""
+
+    def at(key: str, places: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted({rows[int(place)][key] if int(place) < len(rows) else "unknown" for place in places}))
+
+    return replace(criteria, queue=at("queue", criteria.queue), id=at("id", criteria.id))
 
 
 def same(url: str, registry: QueueRegistry, model: Model, request: RebindRequest) -> None:

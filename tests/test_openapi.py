@@ -176,7 +176,7 @@ def test_every_example_is_as_its_schema_says() -> None:
     examples = [(each["schema"], each["example"]) for each in [*contents, *PARAMETERS.values()] if "example" in each]
     for content in contents:
         examples += [(content["schema"], example["value"]) for example in content.get("examples", {}).values()]
-    assert len(examples) == 13
+    assert len(examples) == 15
     assert [example for schema, example in examples if not validator(schema).is_valid(example)] == []
 
 

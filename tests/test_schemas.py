@@ -171,8 +171,8 @@ def test_every_field_of_a_request_is_read_as_it_stands() -> None:
     criteria = {"campaign": "", "tenant": " acme ", "domain": "Example.COM", "routing_domain": "mx"}
     body: dict[str, Any] = {"reason": " Cleaning up ", "data": {"": "", "é": "💌", "queue": "null"}}
     body |= dict.fromkeys(("trigger_rebind_event", "always_flush", "suppress_logging"), True)
-    expected = RebindRequest(**body, criteria=Criteria(**criteria), actor="ada")
-    assert read(body | criteria) == expected
+    expected = RebindRequest(**body, criteria=Criteria(**criteria, queue=("b", "a"), id=("m1",)), actor="ada")
+    assert read(body | criteria, queue=["b", "a", "b"], id="m1") == expected
 
 
 def wrong_fields() -> Iterator[tuple[str, Any, Any]]:
@@ -252,13 +252,15 @@ def test_a_dry_run_is_true_or_false(dry_run: str) -> None:
     assert query_errors(dry_run=dry_run) == {"dry_run": NO_BOOLEAN}
 
 
-def test_every_parameter_but_unset_may_be_given_once() -> None:
+def test_every_parameter_that_is_no_list_may_be_given_once() -> None:
     twice = {"limit": ["1", "1"], "dry_run": ["true", "false"], "undo": ["a", "a"]}
     assert query_errors(**twice) == {key: ["Given more than once."] for key in twice}
 
 
 def test_a_key_or_an_id_that_cannot_be_stored_is_refused() -> None:
-    assert query_errors(unset=["a", "\0"], undo="\ud800") == {"unset": {1: NUL}, "undo": SURROGATE}
+    wrong = {"unset": {1: NUL}, "undo": SURROGATE, "queue": {0: SURROGATE}, "id": {0: NUL}}
+    assert query_errors(unset=["a", "\0"], undo="\ud800", queue="\ud800", id="\0") == wrong
+    assert query_errors(id=[str(n) for n in range(100_001)]) == {"id": ["Must not be more than 100000 ids."]}
 
 
 EVENT = {"trigger_rebind_event": True}
