@@ -3,8 +3,10 @@
 import errno
 import getpass
 import json
+import math
 import os
 import pickle
+import re
 import select
 import shlex
 import signal
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
+from difflib import get_close_matches
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
@@ -29,11 +32,11 @@ from marshmallow import ValidationError
 import event
 from deliverylog import LogFilter, records
 from deliverylog import prune as prune_log
-from display import age, counted, on_terminal, print_table
+from display import UNITS, age, counted, on_terminal, print_table
 from history import KeyReused, NothingToUndo, UnknownRebind, rebinds_done
 from kumo import WrongFile, read_messages, shown_message
-from names import EVERYTHING, Criteria, QueueName
-from queues import DuplicateMessage, registry
+from names import EVERYTHING, NAMING_KEYS, Criteria, QueueName, state_of
+from queues import DuplicateMessage, QueueSummary, registry
 from rebinding import RebindRequest, RebindResult, printable
 from schemas import (
     MAX_LIMIT,
@@ -52,15 +55,24 @@ VERSION: str = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_tex
 
 
 def time_of(text: str) -> float:
-    """A time of RFC 3339 or a date, in UTC unless it says otherwise; in seconds since 1970."""
+    """A time of RFC 3339 or a date, in UTC unless it says otherwise, or one ago, such as 2h; in seconds since 1970."""
+    if ago := re.fullmatch(r"(\d{1,6})([smhd])", text, re.ASCII):
+        return time.time() - int(ago[1]) * UNITS[ago[2]]
     for rest in ("", "Z", "T00:00:00Z"):
         with suppress(ValidationError):
             return seconds(text + rest)
-    raise click.BadParameter(f"{text!r} is not a time such as 2026-11-25 or 2026-11-25T03:00:00Z")
+    raise click.BadParameter(f"{text!r} is not a time such as 2026-11-25, 2026-11-25T03:00:00Z, or 30d for 30 days ago")
 
 
 LIMIT = click.IntRange(1, MAX_LIMIT)
 KEY = click.IntRange(0, 2**63 - 1)  # the last that both engines can give to a record
+SORT: dict[str, Callable[[QueueSummary], Any]] = {
+    "name": attrgetter("queue"),
+    "messages": lambda one: -one.messages,
+    "due": lambda one: -one.due,
+    "overdue": lambda one: math.inf if one.due_since is None else one.due_since,
+    "oldest": attrgetter("oldest"),
+}
 POLL = 0.5  # seconds between two looks for new records
 REFUSALS = (DuplicateMessage, WrongFile, event.NoHandler, event.HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
 
@@ -198,6 +210,10 @@ def rebind(everything: bool, data: str, sets: tuple[str, ...], key: str | None, 
             click.echo(f"and {counted(result.plan.more, 'more pair')} of queues")
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
     say_missing(request.criteria.id, request.limit, result.matched)
+    for key in request.data:
+        meant = get_close_matches(key, NAMING_KEYS, n=1, cutoff=0.8)
+        if result.matched and not result.moved and meant and meant[0] != key:
+            click.echo(f"nothing moved; is {printable(key)} misspelt for {meant[0]}?", err=True)
 
 
 def rebound(request: RebindRequest) -> RebindResult:
@@ -211,20 +227,30 @@ def rebound(request: RebindRequest) -> RebindResult:
 
 @click.command(cls=StoreCommand)
 @queue_options
-@click.option("--sort", type=click.Choice(["name", "messages", "due", "oldest"]), default="name", show_default=True)
+@click.option("--deliverable", is_flag=True, help="Leave out queues on hold and the queue null.")
+@click.option("--sort", type=click.Choice(list(SORT)), default="name", show_default=True)
 @click.option("--limit", metavar="N", type=LIMIT, help="Show only the first N queues.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-def queues(sort: str, limit: int | None, as_json: bool, **criteria: Any) -> None:
-    """List the scheduled queues: how many messages, how many of them due, the oldest's age, and the most attempts."""
-    found = registry.queues(Criteria(**criteria))
-    shown = found if sort == "name" else sorted(found, key=attrgetter(sort), reverse=sort != "oldest")
+def queues(deliverable: bool, sort: str, limit: int | None, as_json: bool, **criteria: Any) -> None:
+    """List the scheduled queues.
+
+    How many messages, how many of them due, how long the first of those has been due, the oldest's age, the most
+    attempts, and whether workers skip the queue (hold) or discard its messages.
+    """
+    found = [one for one in registry.queues(Criteria(**criteria)) if not (deliverable and state_of(one.queue))]
+    shown = sorted(found, key=SORT[sort])[:limit]
     if as_json:
-        for one in shown[:limit]:
-            click.echo(json.dumps({"queue": one.queue, **asdict(QueueName.parse(one.queue)), **asdict(one)}))
+        for one in shown:
+            parts = {"queue": one.queue, **asdict(QueueName.parse(one.queue)), "state": state_of(one.queue)}
+            click.echo(json.dumps(parts | asdict(one)))
         return
     now = time.time()
-    rows = [(one.queue, one.messages, one.due, age(now - one.oldest), one.attempts) for one in shown[:limit]]
-    print_table(("queue", "messages", "due", "oldest", "attempts"), rows)
+    rows = []
+    for one in shown:
+        overdue = "" if one.due_since is None else age(now - one.due_since)
+        state = state_of(one.queue) or ""
+        rows.append((one.queue, one.messages, one.due, overdue, age(now - one.oldest), one.attempts, state))
+    print_table(("queue", "messages", "due", "overdue", "oldest", "attempts", "state"), rows)
     in_all = counted(sum(one.messages for one in found), "message")
     total = f"{counted(len(found), 'queue')}, {in_all}, {sum(one.due for one in found)} due"
     click.echo(total + (f"; {len(rows)} shown" if len(rows) < len(found) else ""))

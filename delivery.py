@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from history import NODEID
 from message import Message, domain_of, read_message
 from moving import MESSAGE_COLUMNS
-from names import DISCARDED, QueueName
+from names import DISCARDED, state_of
 from queues import claimable, registry
 from rebinding import printable
 from tables import contents, log, messages
@@ -80,7 +80,7 @@ def _deliverable_queues(db: sa.Connection, now: float) -> Iterator[str]:
 
 
 def _is_deliverable(name: str) -> bool:
-    return name != DISCARDED and _is_exact(name) and not QueueName.parse(name).on_hold
+    return _is_exact(name) and state_of(name) is None
 
 
 def _is_exact(name: str) -> bool:

@@ -3,7 +3,7 @@
 import shutil
 import sys
 import unicodedata
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import IO, Any
@@ -15,6 +15,7 @@ from rebinding import printable
 MIN_WIDTH = 12  # to which a column is cut at most
 GAP = "  "  # between columns
 NOT_CUT = ("when", "rebind_id")  # part of an id is of no use
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}  # of a length of time, in seconds
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], second_line: int | None = None) -> None:
@@ -44,10 +45,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], second_li
 
 
 def fitted(cell: str, room: int, right: bool) -> str:
-    """A cell of a table, cut or filled to this width."""
+    """A cell of a table, filled to this width, or cut in the middle: names differ at both ends."""
     ends = list(accumulate(map(width, cell)))
     if ends and ends[-1] > room:
-        cell = cell[: bisect(ends, room - 1)] + ("…" if encodable("…") == "…" else "~")
+        head = cell[: bisect(ends, room // 2)]
+        first_left_out = bisect_left(ends, ends[-1] - (room - 1 - width(head)))
+        tail = cell[bisect(ends, ends[first_left_out]) :]  # after the marks that belong to that one
+        cell = head + ("…" if encodable("…") == "…" else "~") + tail
     space = " " * (room - width(cell))
     return space + cell if right else cell + space
 
@@ -79,7 +83,5 @@ def counted(number: int, thing: str) -> str:
 
 def age(seconds: float) -> str:
     """A length of time in its largest unit."""
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= length:
-            return f"{seconds // length:.0f}{unit}"
-    return f"{max(seconds, 0) // 1:.0f}s"
+    unit = next((unit for unit, length in UNITS.items() if seconds >= length), "s")
+    return f"{max(seconds, 0) // UNITS[unit]:.0f}{unit}"

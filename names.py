@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import sqlalchemy as sa
 
@@ -48,6 +48,13 @@ class QueueName:
         """Whether workers skip the queue: no host can have a name in `.invalid` (RFC 6761, section 6.4)."""
         host = self.site.rpartition(":")[0] or self.site
         return host.lower().rpartition(".")[2] == "invalid"
+
+
+def state_of(queue: str) -> Literal["hold", "discard"] | None:
+    """What workers do with a queue instead of delivering its messages: docs/contract.md, "Delivery workers"."""
+    if queue == DISCARDED:
+        return "discard"
+    return "hold" if QueueName.parse(queue).on_hold else None
 
 
 def _built(campaign: str | None, tenant: str | None, domain: str, routing_domain: str | None) -> str:

@@ -38,6 +38,7 @@ class QueueSummary:
     queue: str
     messages: int
     due: int  # how many of its messages are due now
+    due_since: float | None  # since when the first of those is due, in seconds since 1970
     oldest: float  # when the oldest of its messages was received, in seconds since 1970
     attempts: int  # the most attempts that one of its messages has had
 
@@ -158,10 +159,12 @@ class QueueRegistry:
         """The queues that match, by name. Raises StoreUnavailable."""
         oldest, attempts = sa.func.min(messages.c.created), sa.func.max(messages.c.num_attempts)
         with self.database.autocommit() as db:
-            due = sa.func.count().filter(claimable(self.database.backend.now(db)))
-            statement = sa.select(messages.c.queue, sa.func.count(), due, oldest, attempts).group_by(messages.c.queue)
-            matching = statement.where(_matching(self.database.backend, db, criteria)).order_by(messages.c.queue)
-            return [QueueSummary(*row) for row in db.execute(matching)]
+            is_due = claimable(self.database.backend.now(db))
+            due, since = sa.func.count().filter(is_due), sa.func.min(messages.c.due).filter(is_due)
+            found = sa.select(messages.c.queue, sa.func.count(), due, since, oldest, attempts)
+            matching = found.where(_matching(self.database.backend, db, criteria))
+            rows = db.execute(matching.group_by(messages.c.queue).order_by(messages.c.queue))
+            return [QueueSummary(*row) for row in rows]
 
     def messages(self, criteria: Criteria = EVERYTHING, limit: int | None = None) -> Iterator[Any]:
         """The messages that match, or those due soonest: MESSAGE_COLUMNS and `data`. Raises StoreUnavailable."""

@@ -186,7 +186,7 @@ class RebindRequestSchema(Schema):
     def _names_are_not_empty(self, body: dict[str, Any], **_: Any) -> None:
         empty = [key for key in NAMING_KEYS if body["data"].get(key) == ""]
         if empty and not body["trigger_rebind_event"]:
-            wrong = {key: {"value": [f"Must not be empty: ?unset={key} removes the key."]} for key in empty}
+            wrong = {key: {"value": ["Must not be empty. To remove the key, use unset."]} for key in empty}
             raise ValidationError({"data": wrong})
 
 

@@ -37,7 +37,7 @@ MASKS = [
     (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "UUID"),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", "TIME"),
     (r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", "DATE"),
-    (r"(?<=[ ])\d+ +\d+[smhd]\b", "DUE  AGE"),  # one message more is due every 14 seconds
+    (r"(?<=[ ])\d+ +(\d+[smhd] +)?\d+[smhd]\b", "DUE  AGE"),  # one message more is due every 14 seconds
     (r"\b\d+ due\b", "N due"),
     (r'"(timestamp|created|key)": \d+', r'"\1": N'),
     (r'"age":\d+', '"age":N'),

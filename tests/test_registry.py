@@ -330,7 +330,7 @@ def test_the_queues_are_summed_up_by_name(queues: QueueRegistry) -> None:
         for name in ("b", "É", "B", "", "é")
         for due in (1.0, 4e9, 2.0)
     )
-    assert queues.queues() == [QueueSummary(name, 3, 2, 1e9 + 1, 1) for name in ("", "B", "b", "É", "é")]
+    assert queues.queues() == [QueueSummary(name, 3, 2, 1.0, 1e9 + 1, 1) for name in ("", "B", "b", "É", "é")]
 
 
 # Those who use the tables
