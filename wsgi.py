@@ -1,8 +1,10 @@
-"""The service for a WSGI server: `gunicorn wsgi:app`, and for the command line and the dev server: `flask …`."""
+"""The service for a WSGI server, `gunicorn wsgi:app`, and for `flask …`. As a program it is our commands alone."""
 
 import sys
 
 import click
+from flask import Flask
+from flask.cli import FlaskGroup
 
 from access import AccessError
 from app import SettingError, create_app
@@ -10,9 +12,18 @@ from event import PolicyError
 from rebinding import printable
 from store import StoreUnusable
 
-try:
-    app = create_app()
-except (SettingError, StoreUnusable, PolicyError, AccessError) as error:
-    print(printable(f"rebind cannot start: {getattr(error, 'in_full', error)}"), file=sys.stderr)
-    # gunicorn's APP_LOAD_ERROR: it stops, where after any other exit it would start the worker again, for ever.
-    sys.exit(1 if click.get_current_context(silent=True) else 4)
+
+def created() -> Flask:
+    """The application. If there can be none, the process ends, and one line says why."""
+    try:
+        return create_app()
+    except (SettingError, StoreUnusable, PolicyError, AccessError) as error:
+        print(printable(f"rebind cannot start: {getattr(error, 'in_full', error)}"), file=sys.stderr)
+        # gunicorn's APP_LOAD_ERROR: it stops, where after any other exit it would start the worker again, for ever.
+        sys.exit(1 if click.get_current_context(silent=True) else 4)
+
+
+if __name__ == "__main__":
+    FlaskGroup(create_app=created, add_default_commands=False, add_version_option=False).main(prog_name="rebind")
+else:
+    app = created()

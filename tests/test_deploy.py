@@ -29,7 +29,7 @@ import bcrypt
 import pytest
 import requests
 from answers import Answer
-from databases import logged, stored
+from databases import logged, nothing_changes, stored
 from factories import message
 from services import PATH, ROOT, From, Service, free_port, installed, start_service, stop_service
 from slow import MESSAGES, POLICY, slow_rebind
@@ -220,6 +220,14 @@ def test_nobody_is_what_they_say_that_they_are(
     assert [record["actor"] for record in logged(url)] == [TRUSTED]
 
 
+def test_a_load_balancer_asks_for_the_health_of_the_service(site: Site, url: str) -> None:
+    with nothing_changes(url):
+        answers = [site.request(method, f"/health{query}") for method in ("GET", "HEAD") for query in ("", "?limit=x")]
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert answers[0].json() == {"moves": [], "more": 0}
+        assert problem(site.request("GET", "/health", UNTRUSTED))[0] == 401
+
+
 def test_only_the_service_and_its_group_may_open_the_socket(socket_of_service: Path) -> None:
     """Who opens it can name any address as the peer's."""
     assert stat.filemode(socket_of_service.stat().st_mode) == "srwxrwx---"
@@ -349,7 +357,7 @@ def rebind(tmp_path: Path) -> Path:
     for shipped, here in {
         "/etc/rebind/rebind.env": str(tmp_path / "rebind.env"),
         "/opt/rebind": str(ROOT),
-        ".venv/bin/flask": f"{sys.executable} -m flask",
+        ".venv/bin/python": sys.executable,
         "runuser -u rebind --": f"runuser -u {getuser()} --" if os.geteuid() == 0 else "",
     }.items():
         assert shipped in script
@@ -361,22 +369,45 @@ def rebind(tmp_path: Path) -> Path:
 
 
 def run(script: Path, *arguments: str, stdin: str = "", **environment: str) -> str:
+    """What the script prints, with none of our settings except these."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith("REBIND_")} | environment
     done = subprocess.run([script, *arguments], input=stdin, env=settings, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lines", "lines of Windows"])
 @pytest.mark.parametrize("quote", ["", "'", '"'], ids=["bare", "single quotes", "double quotes"])
-def test_it_has_the_settings_of_the_service_and_names_who_called_sudo(rebind: Path, tmp_path: Path, quote: str) -> None:
+def test_it_has_the_settings_of_the_service_and_names_who_called_sudo(
+    rebind: Path, tmp_path: Path, quote: str, end: str
+) -> None:
     """The file is systemd's: no shell expands it."""
     store = tmp_path / "$HOME & `id`.db"
-    rebind.with_name("rebind.env").write_text(
-        f"# The store:\n;REBIND_NOTHING=1\n  REBIND_DATABASE_URL={quote}sqlite:///{store}{quote}\n"
-        f"OTHER=1\nREBIND_BUSY_TIMEOUT={quote}5{quote}"
-    )
+    lines = ["# The store:", ";REBIND_NOTHING=1", f"  REBIND_DATABASE_URL={quote}sqlite:///{store}{quote}", "PGUSER="]
+    rebind.with_name("rebind.env").write_text(end.join([*lines, f"REBIND_BUSY_TIMEOUT={quote}5{quote}"]), newline="")
     assert run(rebind, "load", "-", stdin=MESSAGE) == "1 message loaded, 1 of them without content, 0 discarded\n"
     assert (store.exists(), store.stat().st_mode & 0o777) == (True, 0o600)
     run(rebind, "rebind", "--everything", "--reason", "all of it", SUDO_USER="ada")
     (row,) = run(rebind, "history", "--json").splitlines()
     assert (json.loads(row)["actor"], json.loads(row)["reason"]) == ("ada", "all of it")
+
+
+def test_it_is_the_person_who_asks_and_not_the_user_of_the_service(rebind: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    script = rebind.read_text().replace(f"{sys.executable} wsgi.py", "printenv").replace(str(ROOT), "/")
+    rebind.write_text(script.replace(f"runuser -u {getuser()}", "runuser -u nobody"))
+    rebind.with_name("rebind.env").write_text("PGSSLMODE=require\n")
+    assert run(rebind, "LOGNAME", "PGSSLMODE", SUDO_USER="ada") == "ada\nrequire\n"
+
+
+def test_the_environment_of_the_caller_takes_precedence(rebind: Path, tmp_path: Path) -> None:
+    rebind.with_name("rebind.env").write_text(f"REBIND_DATABASE_URL=sqlite:///{tmp_path / 'a.db'}\nREBIND_PROXIES=x\n")
+    run(rebind, "load", "-", stdin=MESSAGE, REBIND_DATABASE_URL=f"sqlite:///{tmp_path / 'b.db'}", REBIND_PROXIES="0")
+    assert [(tmp_path / name).exists() for name in ("a.db", "b.db")] == [False, True]
+
+
+def test_by_itself_it_lists_our_commands_alone(rebind: Path) -> None:
+    done = subprocess.run([rebind], capture_output=True, text=True)
+    listed = re.findall(r"^  (\w+)  ", done.stdout + done.stderr, re.MULTILINE)
+    assert listed == ["history", "load", "log", "messages", "prune", "queues", "rebind"]
