@@ -14,10 +14,11 @@ import sqlalchemy as sa
 from history import rebind_done, rfc3339
 from message import from_json
 from moving import FIRST_ROWS, of_rebind, rows_to_read
-from store import Database
+from store import Database, StoreUnavailable
 from tables import log, rebinds
 
 PRUNED_AT_ONCE = 5000  # keys of the log per transaction
+FEWER = 50  # if that fails, for example because the disk is full
 MAX_ATTEMPTS = 65535  # that a reader of KumoMTA's records takes
 OWN_FIELDS = {
     *("key", "type", "id", "sender", "recipient", "queue", "size", "timestamp", "created", "event_time"),
@@ -209,7 +210,7 @@ def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
     """Remove, or with `dry_run` count, the records and the history of before this time, in seconds since 1970.
 
     It takes many short transactions, and pauses after each as long as it took, so that nobody waits. A rebind leaves
-    the history together with the last of its records. Raises StoreUnavailable.
+    the history together with the last of its records. Raises StoreUnavailable, which says what was removed before.
     """
     old, old_rebinds = _time < before, rebinds.c.event_time < before
     if dry_run:
@@ -217,12 +218,21 @@ def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
             return Pruned(*(db.scalar(sa.select(sa.func.count()).where(which)) or 0 for which in (old, old_rebinds)))
     forgotten = sa.delete(rebinds).where(old_rebinds, ~sa.select(log.c.key).where(of_rebind(rebinds.c)).exists())
     removed = rebinds_removed = done = 0
+    at_once = PRUNED_AT_ONCE
     while (key := _next_key(database, done, old)) is not None:
-        done = key + PRUNED_AT_ONCE - 1
-        with database.begin_write() as db:
-            start = time.monotonic()
-            removed += db.execute(sa.delete(log).where(log.c.key.between(key, done), old)).rowcount
-            rebinds_removed += db.execute(forgotten.where(rebinds.c.first_key <= done)).rowcount
+        last = key + at_once - 1
+        try:
+            with database.begin_write() as db:
+                start = time.monotonic()
+                records = db.execute(sa.delete(log).where(log.c.key.between(key, last), old)).rowcount
+                history = db.execute(forgotten.where(rebinds.c.first_key <= last)).rowcount
+        except StoreUnavailable as error:
+            if at_once == FEWER:
+                error.in_full += f"; {removed} records and {rebinds_removed} rebinds were removed before"
+                raise
+            at_once = FEWER
+            continue
+        removed, rebinds_removed, done = removed + records, rebinds_removed + history, last
         time.sleep(time.monotonic() - start)  # SQLite has no queue of writers: whoever waits needs time to try
     with database.begin_write() as db:
         rebinds_removed += db.execute(forgotten).rowcount  # those without records

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from databases import engine_for, history, logged, names, new_database, nothing_changes, stored
+from databases import engine_for, history, listening, logged, names, new_database, nothing_changes, stored
 from factories import METAS, ask, change_all, connected_to, message, undo
 from sqlalchemy import insert, make_url, text
 from waiting import PATIENCE
@@ -21,6 +21,7 @@ from deliverylog import Pruned
 from history import NothingToUndo, UnknownRebind
 from queues import QueueRegistry
 from rebinding import RebindResult
+from store import StoreUnavailable
 from tables import FIRST_SECOND, LAST_SECOND
 
 
@@ -286,3 +287,22 @@ def test_a_rebind_that_is_done_while_a_prune_runs_keeps_its_history_and_its_reco
     assert [row["rebind_id"] for row in history(url)] == [each.rebind_id for each in later]
     assert [record["rebind_id"] for record in logged(url)] == [later[0].rebind_id] * 3
     assert undo(queues, later[0]).matched == 3
+
+
+def test_a_prune_without_room_goes_on_in_smaller_steps_and_says_what_it_has_removed(
+    queues: QueueRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues.load(message() for _ in range(6))
+    ask(queues)
+    monkeypatch.setattr(deliverylog, "PRUNED_AT_ONCE", 4)
+    monkeypatch.setattr(deliverylog, "FEWER", 2)
+    is_full = iter([True, False, True])
+
+    def fail(db: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("DELETE FROM log") and next(is_full):
+            raise StoreUnavailable("disk is full")
+
+    with listening("before_cursor_execute", fail), pytest.raises(StoreUnavailable) as failed:
+        deliverylog.prune(queues.database, before=9e9)
+    assert failed.value.in_full == "disk is full; 2 records and 0 rebinds were removed before"
+    assert len([*deliverylog.records(queues.database)]) == 4
