@@ -241,13 +241,14 @@ def _work(backend: Backend, db: sa.Connection, request: RebindRequest, now: floa
         undo = history.undo(backend, db, request, now)
         found = Selection(matching & undo.matching, request.limit, of_records=True, at_most=undo.rebind.matched)
         return Work(backend.sized(db, found), undo.new, undo)
+    at_most = len(request.criteria.id) or None
     if request.trigger_rebind_event:
         stream = Stream(request, now)
-        return Work(backend.sized(db, Selection(matching, request.limit)), stream)
+        return Work(backend.sized(db, Selection(matching, request.limit, at_most=at_most)), stream)
     new = _new_state(backend, request, now)
     if request.limit is not None and new.renames:
         matching &= messages.c.queue != new.values["queue"]  # so that the same request moves the next ones
-    return Work(backend.sized(db, Selection(matching, request.limit)), new)
+    return Work(backend.sized(db, Selection(matching, request.limit, at_most=at_most)), new)
 
 
 def _new_state(backend: Backend, request: RebindRequest, now: float) -> NewState:

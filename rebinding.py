@@ -90,7 +90,7 @@ def in_a_line(request: RebindRequest) -> str:
 
 
 def _short(value: Any) -> str:
-    text = printable(to_json(value))
+    text = printable(to_json(value)[: MAX_SHOWN + 1])  # it may be 100,000 ids
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
