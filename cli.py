@@ -73,6 +73,7 @@ SORT: dict[str, Callable[[QueueSummary], Any]] = {
     "overdue": lambda one: math.inf if one.due_since is None else one.due_since,
     "oldest": attrgetter("oldest"),
 }
+OF_QUEUES = ("queue", "routing_domain", "domain", "tenant", "campaign")  # the fields of Criteria, last option first
 POLL = 0.5  # seconds between two looks for new records
 REFUSALS = (DuplicateMessage, WrongFile, event.NoHandler, event.HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
 
@@ -132,12 +133,11 @@ def counter(label: str, counted: Iterable[Any] = count()) -> Any:
 
 def queue_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that pick queues."""
-    options = [click.option("--queue", metavar="NAME", multiple=True, help="Only the queue of this name. Repeatable.")]
-    for name in ("routing-domain", "domain", "tenant", "campaign"):
-        of_these = f"Only queues of this {name.replace('-', ' ')}."
-        options.append(click.option(f"--{name}", metavar="NAME", help=of_these))
-    for option in options:
-        command = option(command)
+    for name in OF_QUEUES:
+        option, of_these = f"--{name.replace('_', '-')}", f"Only queues of this {name.replace('_', ' ')}."
+        if name == "queue":
+            of_these = "Only the queue of this name. Repeatable."
+        command = click.option(option, metavar="NAME", multiple=name == "queue", help=of_these)(command)
     return command
 
 
@@ -276,6 +276,7 @@ def messages(limit: int | None, content: bool, **criteria: Any) -> None:
 
 
 @click.command(cls=StoreCommand)
+@queue_options
 @click.option("--follow", is_flag=True, help="Continue with new records as they are written.")
 @click.option("--after", metavar="KEY", type=KEY, default=0, help="Start after the record with this key.")
 @click.option("--type", metavar="TYPE", help="Only records of this type, such as AdminRebind, Delivery or Bounce.")
@@ -284,13 +285,20 @@ def messages(limit: int | None, content: bool, **criteria: Any) -> None:
 @click.option("--since", metavar="TIME", type=time_of, help="Only records from this time on (UTC by default).")
 @click.option("--until", metavar="TIME", type=time_of, help="Only records before this time.")
 def log(follow: bool, after: int, **wanted: Any) -> None:
-    """Print the delivery log, oldest first: one JSON object per line, in the shape of KumoMTA's log records."""
+    """Print the delivery log, oldest first: one JSON object per line, in the shape of KumoMTA's log records.
+
+    A record of a rebind is of the queue before it, and of the one after it.
+    """
     if follow:
         # Ctrl-C is its usual end: no KeyboardInterrupt, which a driver may turn into an error of its own.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         threading.Thread(target=end_with_the_reader, daemon=True).start()
-    for record in records(registry.database, after, POLL if follow else None, LogFilter(**wanted)):
+    criteria = Criteria(**{name: wanted.pop(name) for name in OF_QUEUES})
+    record = None
+    for record in records(registry.database, after, POLL if follow else None, LogFilter(**wanted, criteria=criteria)):
         click.echo(json.dumps(record))
+    if record is None:
+        click.echo("no record found", err=True)
 
 
 def end_with_the_reader() -> None:

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from history import rebind_done, rfc3339
 from message import from_json
 from moving import FIRST_ROWS, of_rebind, rows_to_read
+from names import EVERYTHING, Criteria
 from store import Database, StoreUnavailable
 from tables import log, rebinds
 
@@ -45,6 +46,8 @@ class LogFilter:
     """In seconds since 1970, inclusive."""
     until: float | None = None
     """In seconds since 1970, exclusive."""
+    criteria: Criteria = EVERYTHING
+    """Of the queue that a record names, or of the one before a rebind."""
 
     def conditions(self, db: sa.Connection) -> Iterator[sa.ColumnElement[bool]]:
         """What is true of a record that is one of them. Raises UnknownRebind."""
@@ -58,6 +61,12 @@ class LogFilter:
             yield _time >= self.since
         if self.until is not None:
             yield _time < self.until
+
+    def picks(self, row: Any) -> bool:
+        """Whether the criteria match a row of the log."""
+        if self.criteria == EVERYTHING:
+            return True
+        return any(self.criteria.match(queue) for queue in {row["queue"], row["old_queue"] or row["queue"]})
 
 
 EVERY_RECORD = LogFilter()
@@ -77,7 +86,7 @@ def records(
     while True:
         before, last = key, _last_settled(database, key) if waits else None
         while page := _page(database, key, last, size, wanted):
-            yield from (_record(row, rebind) for row, rebind in page)
+            yield from (_record(row, rebind) for row, rebind in page if wanted.picks(row))
             key, size = page[-1][0]["key"], rows_to_read(size, sum(len(row["meta"]) for row, _ in page))
         if poll is None:
             return

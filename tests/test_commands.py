@@ -62,8 +62,9 @@ def refused(answer: tuple[int, str, str]) -> str:
 
 def lines(answer: tuple[int, str, str]) -> list[Any]:
     """The JSON objects that a command printed."""
-    assert (answer[0], answer[2], answer[1].isascii()) == (0, "", True), answer
-    return [json.loads(line) for line in answer[1].splitlines()]
+    status, output, error = answer
+    assert (status, error in ("", "no record found\n"), output.isascii()) == (0, True, True), answer
+    return [json.loads(line) for line in output.splitlines()]
 
 
 # flask rebind
@@ -335,6 +336,12 @@ def test_log_is_filtered(flask: Flask, queues: QueueRegistry) -> None:
     assert found("--rebind-id", second.rebind_id, "--type", "AdminRebind") == ["b2"]
     assert found("--type", "Delivery") == found("--until", "2026-01-01") == found("--since", "2100-01-01") == []
     assert found("--since", "2001-01-01", "--until", "2100-01-01") == ["a1", "b1", "b2"]
+    ask(queues, {"campaign": "summer"}, reason="3", campaign="spring")
+    before, after, other = FIRST, "summer:acme@example.com", "example.com"
+    assert found("--campaign", "summer") == found("--queue", after, "--queue", "none") == ["b3"]
+    assert found("--queue", before) == found("--tenant", "acme", "--domain", "EXAMPLE.com") == ["b1", "b2", "b3"]
+    assert found("--queue", before, "--queue", other, "--type", "AdminRebind") == ["a1", "b1", "b2", "b3"]
+    assert flask("log", "--routing-domain", "r") == (0, "", "no record found\n")
     assert refused(flask("log", "--rebind-id", "x")).startswith("the history has no rebind x: ")
 
 

@@ -195,7 +195,9 @@ NO_FOLDER = "SQLite has no folder for temporary files: set SQLITE_TMPDIR to one 
 
 @pytest.mark.sqlite
 @pytest.mark.parametrize(
-    ("program", "says"), [(REBIND, (1, "Error: ")), ("-m wsgi", (4, "rebind cannot start: "))], ids=["command", "start"]
+    ("program", "says"),
+    [(REBIND, (1, "Error: ")), ("-c 'import wsgi'", (4, "rebind cannot start: "))],
+    ids=["command", "start"],
 )
 def test_a_missing_folder_for_temporary_files_is_named(tmp_path: Path, program: str, says: tuple[int, str]) -> None:
     bound(f"sqlite:///{tmp_path}/queues.db").load(message(meta={"large": "x" * 100_000}) for _ in range(50))
