@@ -75,15 +75,16 @@ SORT: dict[str, Callable[[QueueSummary], Any]] = {
 }
 OF_QUEUES = ("queue", "routing_domain", "domain", "tenant", "campaign")  # the fields of Criteria, last option first
 POLL = 0.5  # seconds between two looks for new records
+TELL = ("load", "prune")  # what cannot be taken back must not happen to another store unseen
 REFUSALS = (DuplicateMessage, WrongFile, event.NoHandler, event.HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
 
 
 class StoreCommand(click.Command):
-    """A command about the store. On a terminal it first says which store, and which version it is itself."""
+    """A command about the store. First it says which store, on a terminal or if it is one of TELL, and its version."""
 
     def invoke(self, context: click.Context) -> Any:
         """Run it. Raises click.ClickException, with one line that says why, if it is refused or fails."""
-        if on_terminal(sys.stderr):
+        if on_terminal(sys.stderr) or self.name in TELL:
             click.echo(f"rebind {VERSION}, store: {printable(registry.database.shown)}", err=True)
         try:
             return super().invoke(context)

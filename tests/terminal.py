@@ -4,6 +4,7 @@ import fcntl
 import functools
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -68,4 +69,9 @@ def peak(url: str, *arguments: str, **streams: Any) -> int:
         timeout=120,
         **streams,
     )
-    return int(done.stderr)
+    return int(done.stderr.splitlines()[-1])
+
+
+def without_store(error: str) -> str:
+    """What is on standard error, without the line that `load` and `prune` begin with."""
+    return re.sub(r"\Arebind \S+, store: .*\n", "", error)

@@ -559,6 +559,15 @@ def test_a_terminal_shows_the_store_and_a_table_that_fits(
 
 
 @pytest.mark.sqlite
+@pytest.mark.parametrize("command", [("load", "/dev/null"), ("prune", "--before", "30d")])
+def test_what_cannot_be_taken_back_names_its_store_in_a_pipe_too(
+    start_command: Command, queues: QueueRegistry, command: tuple[str, ...]
+) -> None:
+    _, error = start_command(*command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE).communicate(timeout=30)
+    assert error.decode() == f"rebind {VERSION}, store: {queues.database.shown}\n"
+
+
+@pytest.mark.sqlite
 def test_a_terminal_shows_how_many_messages_an_event_has_had(
     start_command: Command, queues: QueueRegistry, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
