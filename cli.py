@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import count
+from itertools import chain, count
 from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -28,9 +28,11 @@ from marshmallow import ValidationError
 import event
 from deliverylog import LogFilter, records
 from deliverylog import prune as prune_log
-from display import age, counted, on_terminal, print_table
+from display import age, counted, on_terminal, print_lines, print_table
 from history import KeyReused, NothingToUndo, UnknownRebind, rebinds_done
 from kumo import WrongFile, read_messages, shown_message
+from message import to_ascii_json
+from moving import batches
 from names import Criteria, QueueName
 from queues import DuplicateMessage, registry
 from rebinding import RebindRequest, RebindResult, printable
@@ -89,12 +91,12 @@ def load(files: tuple[str, ...]) -> None:
         with TemporaryFile() as kept:  # all is read and checked, which may take long, before the store is locked
             for name in files:
                 with click.open_file(name, "rb") as file, counter("loading", read_messages(file)) as bar:
-                    for message in bar:
-                        pickle.dump(message, kept)
+                    for batch in batches(bar, lambda message: len(message.content)):
+                        pickle.dump(batch, kept)
             pickle.dump(None, kept)
             kept.seek(0)
             registry.prepare()
-            loaded = registry.load(iter(lambda: pickle.load(kept), None))  # noqa: S301
+            loaded = registry.load(chain.from_iterable(iter(lambda: pickle.load(kept), None)))  # noqa: S301
     except OSError as error:
         raise WrongFile(str(error)) from error
     empty = f", {loaded.empty} of them without content" if loaded.empty else ""
@@ -177,8 +179,8 @@ def queues(sort: str, limit: int | None, as_json: bool, **criteria: str | None) 
     found = registry.queues(Criteria(**criteria))
     shown = found if sort == "name" else sorted(found, key=attrgetter(sort), reverse=sort != "oldest")
     if as_json:
-        for one in shown[:limit]:
-            click.echo(json.dumps({"queue": one.queue, **asdict(QueueName.parse(one.queue)), **asdict(one)}))
+        parts = ({"queue": one.queue} | asdict(QueueName.parse(one.queue)) | asdict(one) for one in shown[:limit])
+        print_lines(map(to_ascii_json, parts))
         return
     now = time.time()
     rows = [(one.queue, one.messages, one.due, age(now - one.oldest), one.attempts) for one in shown[:limit]]
@@ -196,12 +198,17 @@ def queues(sort: str, limit: int | None, as_json: bool, **criteria: str | None) 
 def messages(id: str | None, limit: int | None, content: bool, **criteria: str | None) -> None:
     """Print messages, one JSON object per line. If one cannot be read, the others are printed nevertheless."""
     unreadable = 0
-    for row in registry.messages(Criteria(**criteria), id, limit):
-        try:
-            click.echo(json.dumps(shown_message(row, content)))
-        except (ValueError, RecursionError) as error:
-            click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
-            unreadable = 1
+
+    def readable() -> Iterator[str]:
+        nonlocal unreadable
+        for row, data in registry.messages(Criteria(**criteria), id, limit, content):
+            try:
+                yield to_ascii_json(shown_message(row, data))
+            except (ValueError, RecursionError) as error:
+                click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
+                unreadable = 1
+
+    print_lines(readable())
     sys.exit(unreadable)
 
 
@@ -219,8 +226,8 @@ def log(follow: bool, after: int, **wanted: Any) -> None:
         # Ctrl-C is its usual end: no KeyboardInterrupt, which a driver may turn into an error of its own.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         threading.Thread(target=end_with_the_reader, daemon=True).start()
-    for record in records(registry.database, after, POLL if follow else None, LogFilter(**wanted)):
-        click.echo(json.dumps(record))
+    found = records(registry.database, after, POLL if follow else None, LogFilter(**wanted))
+    print_lines(map(to_ascii_json, found), each_at_once=follow)
 
 
 def end_with_the_reader() -> None:
@@ -239,8 +246,7 @@ def history(since: float | None, limit: int | None, as_json: bool) -> None:
     """List the rebinds that were done, newest first."""
     rebinds = rebinds_done(registry.database, since, limit)
     if as_json:
-        for one in rebinds:
-            click.echo(json.dumps(one))
+        print_lines(map(to_ascii_json, rebinds))
         return
     columns = ("when", "rebind_id", "matched", "moved", "actor", "what", "reason")
     for one in rebinds:

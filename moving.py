@@ -161,6 +161,12 @@ class Backend(Protocol):
     def writers_of_log(self, db: sa.Connection) -> Collection[str]:
         """The transactions that may still commit records with smaller keys than the last one that can be read."""
 
+    def contents_of(self, db: sa.Connection, ids: Sequence[str]) -> dict[str, bytes]:
+        """The contents of these messages, by their ids."""
+
+    def insert(self, db: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+        """Add rows, which have the same columns. Each value is as the driver takes it."""
+
     def in_queues(self, names: Sequence[str]) -> sa.ColumnElement[bool]:
         """Whether a message is in one of the queues; the names, however many, are one parameter."""
 
