@@ -14,12 +14,12 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
-from itertools import count
+from itertools import chain, count
 from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -32,9 +32,11 @@ from marshmallow import ValidationError
 import event
 from deliverylog import LogFilter, records
 from deliverylog import prune as prune_log
-from display import UNITS, age, counted, on_terminal, print_table
+from display import UNITS, age, counted, on_terminal, print_lines, print_table
 from history import KeyReused, NothingToUndo, UnknownRebind, rebinds_done
 from kumo import WrongFile, read_messages, shown_message
+from message import to_ascii_json
+from moving import batches
 from names import EVERYTHING, NAMING_KEYS, Criteria, QueueName, state_of
 from queues import DuplicateMessage, QueueSummary, registry
 from rebinding import RebindRequest, RebindResult, printable
@@ -114,12 +116,12 @@ def load(files: tuple[str, ...]) -> None:
         with TemporaryFile() as kept:  # all is read and checked, which may take long, before the store is locked
             for name in files:
                 with click.open_file(name, "rb") as file, counter("loading", read_messages(file)) as bar:
-                    for message in bar:
-                        pickle.dump(message, kept)
+                    for batch in batches(bar, lambda message: len(message.content)):
+                        pickle.dump(batch, kept)
             pickle.dump(None, kept)
             kept.seek(0)
             registry.prepare()
-            loaded = registry.load(iter(lambda: pickle.load(kept), None))  # noqa: S301
+            loaded = registry.load(chain.from_iterable(iter(lambda: pickle.load(kept), None)))  # noqa: S301
     except OSError as error:
         raise WrongFile(str(error)) from error
     empty = f", {loaded.empty} of them without content" if loaded.empty else ""
@@ -241,9 +243,8 @@ def queues(deliverable: bool, sort: str, limit: int | None, as_json: bool, **cri
     found = [one for one in registry.queues(Criteria(**criteria)) if not (deliverable and state_of(one.queue))]
     shown = sorted(found, key=SORT[sort])[:limit]
     if as_json:
-        for one in shown:
-            parts = {"queue": one.queue, **asdict(QueueName.parse(one.queue)), "state": state_of(one.queue)}
-            click.echo(json.dumps(parts | asdict(one)))
+        names = ({**asdict(QueueName.parse(one.queue)), "state": state_of(one.queue)} for one in shown)
+        print_lines(to_ascii_json(asdict(one) | name) for one, name in zip(shown, names, strict=True))
         return
     now = time.time()
     rows = []
@@ -264,15 +265,19 @@ def queues(deliverable: bool, sort: str, limit: int | None, as_json: bool, **cri
 @click.option("--content", is_flag=True, help="With the content, so that `flask load` can read the messages.")
 def messages(limit: int | None, content: bool, **criteria: Any) -> None:
     """Print messages, one JSON object per line. If one cannot be read, the others are printed nevertheless."""
-    unreadable = found = 0
-    for row in registry.messages(Criteria(**criteria), limit):
-        found += 1
-        try:
-            click.echo(json.dumps(shown_message(row, content)))
-        except (ValueError, RecursionError) as error:
-            click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
-            unreadable = 1
-    say_missing(criteria["id"], limit, found)
+    unreadable = 0
+
+    def readable() -> Iterator[str]:
+        nonlocal unreadable
+        for row, data in registry.messages(Criteria(**criteria), limit, content):
+            try:
+                yield to_ascii_json(shown_message(row, data))
+            except (ValueError, RecursionError) as error:
+                click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
+                unreadable += 1
+
+    found = print_lines(readable())
+    say_missing(criteria["id"], limit, found + unreadable)
     sys.exit(unreadable)
 
 
@@ -295,10 +300,8 @@ def log(follow: bool, after: int, **wanted: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         threading.Thread(target=end_with_the_reader, daemon=True).start()
     criteria = Criteria(**{name: wanted.pop(name) for name in OF_QUEUES})
-    record = None
-    for record in records(registry.database, after, POLL if follow else None, LogFilter(**wanted, criteria=criteria)):
-        click.echo(json.dumps(record))
-    if record is None:
+    found = records(registry.database, after, POLL if follow else None, LogFilter(**wanted, criteria=criteria))
+    if not print_lines(map(to_ascii_json, found), each_at_once=follow):
         click.echo("no record found", err=True)
 
 
@@ -318,8 +321,7 @@ def history(since: float | None, limit: int | None, as_json: bool) -> None:
     """List the rebinds that were done, newest first."""
     rebinds = rebinds_done(registry.database, since, limit)
     if as_json:
-        for one in rebinds:
-            click.echo(json.dumps(one))
+        print_lines(map(to_ascii_json, rebinds))
         return
     columns = ("when", "rebind_id", "matched", "moved", "actor", "what", "reason")
     for one in rebinds:

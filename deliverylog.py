@@ -3,9 +3,11 @@
 import math
 import re
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
@@ -29,7 +31,12 @@ OWN_FIELDS = {
 
 # As the driver reads them: a document that Python cannot read must not hide other records.
 _DOCUMENTS = ("meta", "new_meta", "details", "recipient", "new_recipient")
-_COLUMNS = [sa.cast(c, sa.Text).label(c.name) if c.name in _DOCUMENTS else c for c in log.c]
+_SHOWN = [c for c in log.c if c.name not in ("domain", "due", "new_due")]
+_COLUMNS = [sa.cast(c, sa.Text).label(c.name) if c.name in _DOCUMENTS else c for c in _SHOWN]
+# SQLAlchemy's own rows take longer to be read than a record to be made of them.
+_Row = namedtuple("_Row", [c.name for c in _SHOWN])  # type: ignore[misc]
+_Rebind = namedtuple("_Rebind", rebinds.c.keys())  # type: ignore[misc]
+_event_time = lru_cache(rfc3339)  # all records of a rebind have the same one
 _time_of_rebind = sa.select(rebinds.c.event_time).where(rebinds.c.rebind_id == log.c.rebind_id).scalar_subquery()
 _time = sa.func.coalesce(log.c.event_time, _time_of_rebind)
 
@@ -66,7 +73,7 @@ class LogFilter:
         """Whether the criteria match a row of the log."""
         if self.criteria == EVERYTHING:
             return True
-        return any(self.criteria.match(queue) for queue in {row["queue"], row["old_queue"] or row["queue"]})
+        return any(self.criteria.match(queue) for queue in {row.queue, row.old_queue or row.queue})
 
 
 EVERY_RECORD = LogFilter()
@@ -87,7 +94,7 @@ def records(
         before, last = key, _last_settled(database, key) if waits else None
         while page := _page(database, key, last, size, wanted):
             yield from (_record(row, rebind) for row, rebind in page if wanted.picks(row))
-            key, size = page[-1][0]["key"], rows_to_read(size, sum(len(row["meta"]) for row, _ in page))
+            key, size = page[-1][0].key, rows_to_read(size, sum(len(row.meta) for row, _ in page))
         if poll is None:
             return
         key = last or 0
@@ -105,40 +112,39 @@ def _last_settled(database: Database, after: int) -> int:
     return last  # whoever took a smaller key has ended by now
 
 
-def _page(
-    database: Database, after: int, last: int | None, size: int, wanted: LogFilter
-) -> list[tuple[sa.RowMapping, sa.RowMapping | None]]:
-    """The next records, at most `size`, each with its rebind, all as they were at one moment."""
+def _page(database: Database, after: int, last: int | None, size: int, wanted: LogFilter) -> list[tuple[Any, Any]]:
+    """The next records, at most `size`, each with its rebind or None, all as they were at one moment."""
     with database.begin_read() as db:
         page = sa.select(*_COLUMNS).where(log.c.key > after, *wanted.conditions(db)).order_by(log.c.key).limit(size)
-        rows = db.execute(page if last is None else page.where(log.c.key <= last)).mappings().all()
-        of_these = sa.select(rebinds).where(rebinds.c.rebind_id.in_({row["rebind_id"] for row in rows}))
-        known = {row["rebind_id"]: row for row in db.execute(of_these).mappings()}
-    return [(row, known.get(row["rebind_id"])) for row in rows]
+        found = db.execute(page if last is None else page.where(log.c.key <= last))
+        rows: list[Any] = list(map(_Row._make, found.cursor.fetchall()))
+        of_these = sa.select(rebinds).where(rebinds.c.rebind_id.in_({row.rebind_id for row in rows}))
+        known = {row.rebind_id: _Rebind._make(row) for row in db.execute(of_these)}
+    return [(row, known.get(row.rebind_id)) for row in rows]
 
 
-def _record(row: sa.RowMapping, rebind: sa.RowMapping | None) -> dict[str, Any]:
+def _record(row: Any, rebind: Any) -> dict[str, Any]:
     """A row of the log as a record. A document that Python cannot read is shown as the text that it is."""
     meta = _meta(row, rebind)
-    event_time = row["event_time"] if rebind is None else rebind["event_time"]
+    event_time = row.event_time if rebind is None else rebind.event_time
     reception = meta.get("reception_protocol") if isinstance(meta, dict) else None
-    content = f"Rebound from {row['old_queue']} to {row['queue']}: {rebind['reason'] if rebind else ''}"
-    return {
-        "key": row["key"],
-        "type": row["type"],
-        "id": row["id"],
-        "sender": row["sender"] if row["new_sender"] is None else row["new_sender"],
-        "recipient": _recipient(row["recipient"] if row["new_recipient"] is None else row["new_recipient"]),
-        "queue": row["queue"],
+    content = f"Rebound from {row.old_queue} to {row.queue}: {rebind.reason if rebind else ''}"
+    record = {
+        "key": row.key,
+        "type": row.type,
+        "id": row.id,
+        "sender": row.sender if row.new_sender is None else row.new_sender,
+        "recipient": _recipient(row.recipient if row.new_recipient is None else row.new_recipient),
+        "queue": row.queue,
         "site": "",
-        "size": max(row["size"], 0),
-        "response": response(250, content),
+        "size": max(row.size, 0),
+        "response": {"code": 250, "enhanced_code": None, "content": content, "command": None},
         "peer_address": None,
         "timestamp": math.floor(event_time or 0),
-        "created": math.floor(row["created"]),
-        "event_time": rfc3339(event_time or 0),
-        "created_time": rfc3339(row["created"]),
-        "num_attempts": min(max(row["num_attempts"], 0), MAX_ATTEMPTS),
+        "created": math.floor(row.created),
+        "event_time": _event_time(event_time or 0),
+        "created_time": rfc3339(row.created),
+        "num_attempts": min(max(row.num_attempts, 0), MAX_ATTEMPTS),
         "bounce_classification": "Uncategorized",
         "egress_pool": None,
         "egress_source": None,
@@ -148,22 +154,24 @@ def _record(row: sa.RowMapping, rebind: sa.RowMapping | None) -> dict[str, Any]:
         "reception_protocol": reception if isinstance(reception, str) else None,
         "meta": meta,
         "headers": {},
-        "nodeid": row["nodeid"] if rebind is None else rebind["nodeid"],
-        "rebind_id": row["rebind_id"],
-        "old_queue": row["old_queue"],
-        "actor": rebind["actor"] if rebind else None,
-    } | _details(row["details"])
+        "nodeid": row.nodeid if rebind is None else rebind.nodeid,
+        "rebind_id": row.rebind_id,
+        "old_queue": row.old_queue,
+        "actor": rebind.actor if rebind else None,
+    }
+    return record if row.details is None else record | _details(row.details)
 
 
-def _meta(row: sa.RowMapping, rebind: sa.RowMapping | None) -> Any:
+def _meta(row: Any, rebind: Any) -> Any:
     """The metadata after what the record tells of."""
-    if row["new_meta"] is not None:
-        return _document(row["new_meta"])
-    meta = _document(row["meta"])
-    if rebind is None or rebind["request"].get("trigger_rebind_event") or not isinstance(meta, dict):
+    if row.new_meta is not None:
+        return _document(row.new_meta)
+    meta = _document(row.meta)
+    if rebind is None or rebind.request.get("trigger_rebind_event") or not isinstance(meta, dict):
         return meta
-    kept = {key: value for key, value in meta.items() if key not in rebind["request"]["unset"]}
-    return kept | rebind["request"]["data"]
+    for key in rebind.request["unset"]:
+        meta.pop(key, None)
+    return meta | rebind.request["data"]
 
 
 def _document(text: str | None) -> Any:
@@ -173,7 +181,7 @@ def _document(text: str | None) -> Any:
         return text
 
 
-def _details(text: str | None) -> dict[str, Any]:
+def _details(text: str) -> dict[str, Any]:
     """What a worker says beside the record's own columns, if a reader of KumoMTA's records takes it."""
     details = _document(text)
     if not isinstance(details, dict):

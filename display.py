@@ -4,12 +4,13 @@ import shutil
 import sys
 import unicodedata
 from bisect import bisect, bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import IO, Any
 
 import click
 
+from moving import batches
 from rebinding import printable
 
 MIN_WIDTH = 12  # to which a column is cut at most
@@ -42,6 +43,15 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], second_li
         cells = list(map(fitted, row, widths, numbers))
         for line in lines:
             click.echo((GAP * (line.start > 0) + GAP.join(cells[n] for n in line)).rstrip())
+
+
+def print_lines(lines: Iterable[str], each_at_once: bool = False) -> int:
+    """Print lines: many at once, since a print takes as long as to make a line, or each as it comes. How many?"""
+    printed = 0
+    for several in zip(lines) if each_at_once else batches(lines, len):
+        click.echo("\n".join(several))
+        printed += len(several)
+    return printed
 
 
 def fitted(cell: str, room: int, right: bool) -> str:

@@ -5,7 +5,7 @@ import platform
 import time
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,6 +17,7 @@ from tables import log, messages, rebinds
 
 # One per host, and the same as long as the host keeps its name.
 NODEID = str(uuid.uuid5(uuid.NAMESPACE_DNS, platform.node()))
+_EPOCH = datetime(1970, 1, 1)  # in UTC, but without a zone: so a time is written in a quarter of the time
 
 
 class UnknownRebind(Exception):
@@ -84,7 +85,7 @@ def rebind_done(db: sa.Connection, rebind_id: str) -> Any:
 
 def rfc3339(seconds: float) -> str:
     """The time in UTC, as records show it. The tables keep it within the years 1 to 9999."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return (_EPOCH + timedelta(0, seconds)).isoformat(timespec="microseconds") + "Z"
 
 
 @dataclass(frozen=True)

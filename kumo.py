@@ -3,16 +3,18 @@
 import time
 import uuid
 from base64 import b64decode, b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import IO, Any
 
-from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
+from marshmallow import ValidationError, validate
 
 from deliverylog import MAX_ATTEMPTS
 from history import rfc3339
 from message import NewMessage, addresses_of, check_address, check_json, check_text, domain_of, from_json, recipient_of
+from moving import MessageRow
 from names import queue_name
-from schemas import NotJSON, checked, in_a_line, json_documents, seconds, text
+from schemas import NotJSON, in_a_line, json_documents, seconds
 from tables import MAX_NAME
 
 UUID_EPOCH = 12219292800  # seconds from 1582-10-15, when the time of a UUID begins, to 1970
@@ -31,38 +33,84 @@ def read_messages(file: IO[bytes]) -> Iterator[NewMessage]:
         raise WrongFile(f"{file.name}:{error.line}: this is not valid JSON: {error}") from error
 
 
-_optional: dict[str, Any] = {"allow_none": True, "load_default": None}
-_time = {"deserialize": seconds} | _optional
+def _new_messages(document: Any, source: str) -> Iterator[NewMessage]:
+    """The messages of one answer; `source` says where it stands. Raises WrongFile."""
+    try:
+        if isinstance(document, dict) and "messages" in document:
+            answers = _object(document, INSPECTED_QUEUE, others=True)["messages"]
+        else:
+            answers = [_answer(document)]
+    except ValidationError as error:
+        raise WrongFile(f"{source}: {in_a_line(error.messages)}") from error
+    for answer in answers:
+        message = answer["message"]
+        if "created" not in message:
+            message["created"] = _created(answer["id"])
+        yield NewMessage(id=answer["id"], source=source, **message)
 
 
-class MessageSchema(Schema):
-    """What KumoMTA tells of a message."""
+Fields = Mapping[Any, tuple[type, Callable[[Any], Any]]]
+"""The type of each field, and what gives its value, or None if it stays. That raises ValueError or ValidationError."""
 
-    sender = text(required=True)
-    recipient = fields.Raw(required=True, validate=checked(addresses_of))
-    meta = fields.Dict(load_default=dict, validate=checked(check_json))
-    data = fields.String(validate=checked(str.encode), **_optional)
-    due = fields.Function(**_time)
-    num_attempts = fields.Integer(strict=True, validate=validate.Range(0, MAX_ATTEMPTS), **_optional)
-    # KumoMTA's limits to the time of delivery; the hours and days are not kept.
-    scheduling = fields.Nested({"first_attempt": fields.Function(**_time)}, unknown=EXCLUDE, **_optional)
-    # What KumoMTA does not print, and `flask messages` does:
-    created = fields.Function(**_time)
-    domain = text(load_default=None)
-    queue = text(load_default=None)
-    data_base64 = fields.String(load_default=None, validate=checked(b64decode))
+TYPES = {str: "string", int: "integer", list: "list", dict: "mapping type"}
+REQUIRED = ("id", "message", "messages", "sender", "recipient")
+NULLABLE = {"data", "data_base64", "due", "num_attempts", "scheduling", "first_attempt", "created", "domain", "queue"}
 
-    @validates_schema
-    def _can_be_queued(self, message: dict[str, Any], **_: Any) -> None:
-        domain = message["domain"]
-        if domain is None:
-            if message["sender"]:  # that of a bounce is empty
-                checked(check_address, "sender")(message["sender"])
-            checked(domain_of, "recipient")(message["recipient"])
-            domain = domain_of(message["recipient"])
-        queue = message["queue"] or queue_name(message["meta"], domain)
-        if len(queue.encode()) > MAX_NAME:
-            raise ValidationError(f"the name of its queue is longer than {MAX_NAME} bytes", "meta")
+
+def _object(given: Any, fields: Fields, others: bool = False) -> dict[Any, Any]:
+    """The fields of an object that are not null. Raises ValidationError, with all that is wrong.
+
+    others: it may have fields that nobody reads.
+    """
+    if not isinstance(given, dict):
+        raise ValidationError("Invalid input type.")
+    found = {}
+    missing = [name for name in REQUIRED if name in fields and name not in given]
+    wrong: dict[Any, Any] = {name: ["Missing data for required field."] for name in missing}
+    for name, value in given.items():
+        if others and name not in fields:
+            continue
+        try:
+            if name not in fields:
+                raise ValueError("Unknown field.")
+            if value is not None:
+                found[name] = _value(value, *fields[name])
+            elif name not in NULLABLE:
+                raise ValueError("Field may not be null.")
+        except ValueError as error:
+            wrong[name] = [str(error)]
+        except ValidationError as error:
+            wrong[name] = error.messages
+    if wrong:
+        raise ValidationError(wrong)
+    return found
+
+
+def _value(value: Any, kind: type, read: Callable[[Any], Any]) -> Any:
+    if kind is not object and type(value) is not kind:
+        raise ValueError(f"Not a valid {TYPES[kind]}.")
+    became = read(value)
+    return value if became is None else became
+
+
+def _answers(given: list[Any]) -> list[dict[str, Any]]:
+    each = dict.fromkeys(range(len(given)), (object, _answer))
+    return [*_object(dict(enumerate(given)), each).values()]
+
+
+def _message(given: Any) -> dict[str, Any]:
+    """What KumoMTA tells of a message, as fields of NewMessage."""
+    message = {"meta": {}} | _object(given, MESSAGE)
+    message.setdefault("due", message.pop("scheduling", {}).get("first_attempt"))
+    plain = message.pop("data", b"")
+    message["content"] = message.pop("data_base64", plain)
+    if "domain" not in message:
+        message["domain"] = _object(message, ADDRESSES, others=True)["recipient"]
+    if "queue" not in message:
+        message["queue"] = queue_name(message["meta"], message["domain"])
+    if len(message["queue"].encode()) > MAX_NAME:
+        raise ValidationError({"meta": [f"the name of its queue is longer than {MAX_NAME} bytes"]})
+    return message
 
 
 def _check_id(id: str) -> None:
@@ -71,36 +119,30 @@ def _check_id(id: str) -> None:
         raise ValueError(f"not 1 to {MAX_NAME} bytes long")
 
 
-class InspectedMessageSchema(Schema):
-    """The answer of KumoMTA's `inspect-message`; that of `inspect-sched-q` has a list of them."""
-
-    id = fields.String(required=True, validate=checked(_check_id))
-    message = fields.Nested(MessageSchema, required=True)
+def _check_sender(sender: str) -> None:
+    if sender:  # that of a bounce is empty
+        check_address(sender)
 
 
-_answers: Any = {"messages": fields.List(fields.Nested(InspectedMessageSchema), required=True)}
-_inspected_message, _inspected_queue = InspectedMessageSchema(), Schema.from_dict(_answers)(unknown=EXCLUDE)
-
-
-def _new_messages(document: Any, source: str) -> Iterator[NewMessage]:
-    """The messages of one answer; `source` says where it stands. Raises WrongFile."""
-    try:
-        if isinstance(document, dict) and "messages" in document:
-            answers = _inspected_queue.load(document)["messages"]
-        else:
-            answers = [_inspected_message.load(document)]
-    except ValidationError as error:
-        raise WrongFile(f"{source}: {in_a_line(error.messages)}") from error
-    for answer in answers:
-        message = answer["message"]
-        scheduling, data, coded = (message.pop(name) for name in ("scheduling", "data", "data_base64"))
-        if message["due"] is None and scheduling:
-            message["due"] = scheduling["first_attempt"]
-        if message["created"] is None:
-            message["created"] = _created(answer["id"])
-        message["num_attempts"] = message["num_attempts"] or 0
-        content = (data or "").encode() if coded is None else b64decode(coded)
-        yield NewMessage(id=answer["id"], content=content, source=source, **message)
+INSPECTED_QUEUE: Fields = {"messages": (list, _answers)}
+INSPECTED_MESSAGE: Fields = {"id": (str, _check_id), "message": (object, _message)}
+_answer = partial(_object, fields=INSPECTED_MESSAGE)
+MESSAGE: Fields = {
+    "sender": (str, check_text),
+    "recipient": (object, addresses_of),
+    "meta": (dict, check_json),
+    "data": (str, str.encode),
+    "due": (object, seconds),
+    "num_attempts": (int, validate.Range(0, MAX_ATTEMPTS)),
+    "scheduling": (object, partial(_object, fields={"first_attempt": (object, seconds)}, others=True)),
+    # What KumoMTA does not print, and `flask messages` does:
+    "created": (object, seconds),
+    "domain": (str, check_text),
+    "queue": (str, check_text),
+    "data_base64": (str, b64decode),
+}
+ADDRESSES: Fields = {"sender": (str, _check_sender), "recipient": (list, domain_of)}
+"""What names a message's queue if it has no `domain`: the first recipient's, if all are addresses."""
 
 
 def _created(id: str) -> float | None:
@@ -114,17 +156,17 @@ def _created(id: str) -> float | None:
     return created if is_one and 0 <= created <= time.time() else None
 
 
-def shown_message(row: Any, content: bool) -> dict[str, Any]:
-    """A row of `registry.messages`, as `read_messages` reads it. Raises ValueError and RecursionError if it cannot."""
+def shown_message(row: MessageRow, data: bytes | None) -> dict[str, Any]:
+    """A message of `registry.messages`, as `read_messages` reads it. Raises ValueError and RecursionError."""
     recipient, meta = recipient_of(row.recipient), from_json(row.meta)
     message = {"sender": row.sender, "recipient": recipient, "domain": row.domain, "meta": meta}
     message |= {"created": rfc3339(row.created), "due": rfc3339(row.due)}
     message["num_attempts"] = min(row.num_attempts, MAX_ATTEMPTS)
     if row.queue != queue_name(meta, row.domain):
         message["queue"] = row.queue
-    if content and row.data is not None:
+    if data is not None:
         try:
-            message["data"] = row.data.decode()
+            message["data"] = data.decode()
         except UnicodeDecodeError:
-            message["data_base64"] = b64encode(row.data).decode()
+            message["data_base64"] = b64encode(data).decode()
     return {"id": row.id, "message": message}

@@ -3,8 +3,8 @@
 import json
 import math
 import re
-from dataclasses import dataclass, field
-from json.encoder import c_make_encoder, encode_basestring  # type: ignore[attr-defined]
+from dataclasses import dataclass
+from json.encoder import c_make_encoder, encode_basestring, encode_basestring_ascii  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
 MAX_DEPTH = 200  # nesting of what a handler or a file may set: well within what Python and both engines can read
@@ -30,15 +30,14 @@ class Message:
     num_attempts: int
 
 
-@dataclass(frozen=True)
-class NewMessage:
+class NewMessage(NamedTuple):
     """A message to load."""
 
     id: str
     sender: str
     recipient: str | list[str]
     content: bytes = b""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = {}
     created: float | None = None  # when it was received, in seconds since 1970; None is now
     due: float | None = None  # when it is eligible for delivery, in seconds since 1970; None is now
     num_attempts: int = 0
@@ -199,6 +198,7 @@ def _not_json(value: Any) -> Any:
 
 # What json.dumps builds each time, which takes longer than to encode a message's metadata.
 _encode = c_make_encoder(None, _not_json, encode_basestring, None, ":", ",", False, False, True)
+_encode_ascii = c_make_encoder(None, _not_json, encode_basestring_ascii, None, ": ", ", ", False, False, True)
 _decoder = json.JSONDecoder(parse_float=finite)
 
 
@@ -207,6 +207,11 @@ def to_json(value: Any) -> str:
     text = "".join(_encode(value, 0))
     # Half a character, which JSON can escape and UTF-8 has not, stays the escape that its sender wrote.
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def to_ascii_json(value: Any) -> str:
+    """A value as JSON, as commands print it: in any encoding of the output it is the same."""
+    return "".join(_encode_ascii(value, 0))
 
 
 def from_json(text: str) -> Any:

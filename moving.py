@@ -161,6 +161,12 @@ class Backend(Protocol):
     def writers_of_log(self, db: sa.Connection) -> Collection[str]:
         """The transactions that may still commit records with smaller keys than the last one that can be read."""
 
+    def contents_of(self, db: sa.Connection, ids: Sequence[str]) -> dict[str, bytes]:
+        """The contents of these messages, by their ids."""
+
+    def insert(self, db: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+        """Add rows, which have the same columns. Each value is as the driver takes it."""
+
     def among(self, column: sa.Column[str], values: Sequence[str]) -> sa.ColumnElement[bool]:
         """Whether the column has one of these values; however many they are, they are one parameter."""
 

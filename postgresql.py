@@ -14,7 +14,7 @@ import moving
 from message import from_json, to_json
 from moving import Decide, MessageRow, NewState, Selection
 from store import StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable
-from tables import TOO_LONG, log, messages
+from tables import TOO_LONG, contents, log, messages
 
 logging.getLogger("psycopg").addHandler(logging.NullHandler())  # or it prints what we say in our own words
 
@@ -222,6 +222,20 @@ def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_
             driver.execute(str(change), change.params | {"updates": updates})
 
 
+def contents_of(db: sa.Connection, ids: Sequence[str]) -> dict[str, bytes]:
+    found = "SELECT id, data FROM contents WHERE id = ANY(%s)"
+    with _driver(db) as driver, driver.cursor(binary=True) as cursor:  # half the time of bytes as text
+        return dict(cursor.execute(found, [ids]).fetchall())
+
+
+def insert(db: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+    form = "BINARY" if table is contents else "TEXT"  # bytes would be twice as long as text
+    statement = f"COPY {table} ({', '.join(rows[0])}) FROM STDIN (FORMAT {form})"  # half the time of INSERT
+    with _driver(db) as driver, driver.cursor().copy(statement.encode()) as copy:
+        for row in rows:
+            copy.write_row([*row.values()])
+
+
 def _open_cursor(db: sa.Connection, each: sa.Select[Any]) -> None:
     db.execute(sa.text("SET LOCAL cursor_tuple_fraction = 1"))  # the planner may expect that it is read to its end
     compiled = each.compile(db)
@@ -258,10 +272,16 @@ def _update_batch(rebind_id: str | None) -> sa.Update | sa.Insert:
 
 @contextmanager
 def _pipeline(db: sa.Connection) -> Iterator[psycopg.Connection]:
-    """The driver's connection, on which no statement waits for the one before. Raises SQLAlchemy's errors."""
+    """The driver's own connection, on which a statement does not wait for the one before it."""
+    with _driver(db) as driver, driver.pipeline():
+        yield driver
+
+
+@contextmanager
+def _driver(db: sa.Connection) -> Iterator[psycopg.Connection]:
+    """The driver's own connection, for what SQLAlchemy has not. Its errors are turned into SQLAlchemy's."""
     driver: Any = db.connection.driver_connection
     try:
-        with driver.pipeline():
-            yield driver
+        yield driver
     except psycopg.Error as error:
         raise sa.exc.DBAPIError.instance(None, None, error, psycopg.Error) from error

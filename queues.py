@@ -17,8 +17,8 @@ import history
 import postgresql
 import sqlite
 from event import Stream
-from message import NewMessage, domain_of
-from moving import MESSAGE_COLUMNS, Backend, NewState, Selection, batches
+from message import NewMessage, domain_of, recipient_text, to_json
+from moving import Backend, MessageRow, NewState, Selection, batches
 from names import DISCARDED, EVERYTHING, NAMING_KEYS, Criteria, new_name, queue_name
 from rebinding import Plan, RebindRequest, RebindResult, in_a_line
 from store import Database, StoreConflict, StoreRefused, StoreUnusable
@@ -26,7 +26,6 @@ from tables import MAX_NAME, TOO_LONG, contents, messages
 
 BACKENDS: dict[str, Backend] = {"sqlite": sqlite, "postgresql": postgresql}
 ATTEMPTS = 3  # per rebind: PostgreSQL may end ours if another transaction locks the same messages in another order
-CONTENTS = 16  # that are in memory at once: each may have many megabytes
 
 logger = logging.getLogger(__name__)
 
@@ -141,17 +140,19 @@ class QueueRegistry:
 
         Raises DuplicateMessage, StoreRefused and StoreUnavailable, and ValueError if a recipient has no domain.
         """
+        backend = self.database.backend
         added = empty = discarded = 0
         with self.database.begin_write() as db:
-            now = self.database.backend.now(db)
+            now = backend.now(db)
             for batch in batches(new, lambda one: len(one.content)):
                 rows = [row for row in (_row(one, now) for one in batch) if row["queue"] != DISCARDED]
                 _refuse_duplicates(db, batch)
+                held = [{"id": row["id"], "data": row.pop("content")} for row in rows]
                 if rows:
-                    db.execute(sa.insert(messages), rows)
-                    db.execute(sa.insert(contents), [{"id": row["id"], "data": row["content"]} for row in rows])
+                    backend.insert(db, messages, rows)
+                    backend.insert(db, contents, held)
                 added += len(rows)
-                empty += sum(not row["content"] for row in rows)
+                empty += sum(not row["size"] for row in rows)
                 discarded += len(batch) - len(rows)
         return Loaded(added, empty, discarded)
 
@@ -166,12 +167,20 @@ class QueueRegistry:
             rows = db.execute(matching.group_by(messages.c.queue).order_by(messages.c.queue))
             return [QueueSummary(*row) for row in rows]
 
-    def messages(self, criteria: Criteria = EVERYTHING, limit: int | None = None) -> Iterator[Any]:
-        """The messages that match, or those due soonest: MESSAGE_COLUMNS and `data`. Raises StoreUnavailable."""
+    def messages(
+        self, criteria: Criteria = EVERYTHING, limit: int | None = None, content: bool = False
+    ) -> Iterator[tuple[MessageRow, bytes | None]]:
+        """The messages that match, or those due soonest, each with its content if wanted. Raises StoreUnavailable."""
+        backend = self.database.backend
         with self.database.begin_read() as db:
-            found = Selection(_matching(self.database.backend, db, criteria), limit)
-            data = sa.select(contents.c.data).where(contents.c.id == messages.c.id).scalar_subquery().label("data")
-            yield from db.execute(found.select(*MESSAGE_COLUMNS, data), execution_options={"yield_per": CONTENTS})
+            found = Selection(_matching(backend, db, criteria), limit)
+            with closing(backend.rows(db, found)) as rows:
+                if not content:
+                    yield from ((row, None) for row in rows)
+                    return
+                for batch in batches(rows, lambda row: len(row.meta) + row.size):
+                    held = backend.contents_of(db, [row.id for row in batch])
+                    yield from ((row, held.get(row.id)) for row in batch)
 
     def due_queues(
         self, db: sa.Connection, now: float, after: str | None, last: str | None, limit: int | None
@@ -281,14 +290,15 @@ def _flushed(request: RebindRequest, matched: int, moved: int) -> int:
 
 
 def _row(new: NewMessage, now: float) -> dict[str, Any]:
+    """A row of the table of messages, and its content. Each value is as the driver takes it."""
     domain = domain_of(new.recipient) if new.domain is None else new.domain
     return {
         "id": new.id,
         "sender": new.sender,
-        "recipient": new.recipient,
+        "recipient": recipient_text(new.recipient),
         "domain": domain,
         "queue": queue_name(new.meta, domain) if new.queue is None else new.queue,
-        "meta": new.meta,
+        "meta": to_json(new.meta),
         "size": len(new.content),
         "created": now if new.created is None else new.created,
         "due": now if new.due is None else new.due,

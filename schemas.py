@@ -19,6 +19,7 @@ from rebinding import RebindRequest, printable
 from tables import FIRST_SECOND, LAST_SECOND
 
 MAX_LINE = 500  # characters of a line about errors
+NO_TIME = "Not a time of RFC 3339, such as 2026-11-24T10:00:00Z."
 MAX_LIMIT = 10**18 - 1  # as in A_LIMIT: both engines can count so far
 
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
@@ -88,11 +89,11 @@ def _strictly(line: int = 1) -> Iterator[None]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in members:
-            raise NotJSON(f"the key {key[:40]!a} is given twice in one object")
-        members[key] = value
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        raise NotJSON(f"the key {twice[:40]!a} is given twice in one object")
     return members
 
 
@@ -108,18 +109,17 @@ _TIME = re.compile(
 
 def seconds(text: Any) -> float:
     """A time of RFC 3339, in seconds since 1970, to the microsecond. Raises ValidationError."""
-    wrong = ValidationError("Not a time of RFC 3339, such as 2026-11-24T10:00:00Z.")
     match = _TIME.fullmatch(text) if isinstance(text, str) else None
     if not match:
-        raise wrong
+        raise ValidationError(NO_TIME)
     minute, second, rest = match.groups()
     leap = second == "60"
     try:
         found = datetime.fromisoformat(f"{minute}{59 if leap else second}{rest}".upper()).timestamp() + leap
     except ValueError:  # such as a 30th of February
-        raise wrong from None
+        raise ValidationError(NO_TIME) from None
     if leap and int(found) % 86400:  # a leap second is the last of a day of UTC (RFC 3339, section 5.7)
-        raise wrong
+        raise ValidationError(NO_TIME)
     if not FIRST_SECOND <= found <= LAST_SECOND:
         raise ValidationError("Not in the years 1 to 9999.")
     return found

@@ -186,6 +186,18 @@ def writers_of_log(db: sa.Connection) -> set[str]:
     return set()  # one at a time writes
 
 
+def contents_of(db: sa.Connection, ids: Sequence[str]) -> dict[str, bytes]:
+    found = "SELECT id, data FROM contents WHERE id IN (SELECT value FROM json_each(?))"
+    return dict(db.exec_driver_sql(found, (json.dumps(ids),)).cursor.fetchall())
+
+
+def insert(db: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+    # By the driver itself, as in update_each.
+    places = ", ".join("?" * len(rows[0]))
+    statement = f"INSERT INTO {table} ({', '.join(rows[0])}) VALUES ({places})"  # noqa: S608
+    db.exec_driver_sql(statement, [(*row.values(),) for row in rows])
+
+
 def among(column: sa.Column[str], values: Sequence[str]) -> sa.ColumnElement[bool]:
     return column.in_(sa.select(sa.func.json_each(json.dumps(values)).table_valued("value").c.value))
 

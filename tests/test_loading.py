@@ -318,6 +318,7 @@ WRONG_ANSWERS: dict[str, tuple[Any, str]] = {
     "several fields": (answer(5, meta=5), "id: Not a valid string.; message.meta: Not a valid mapping type."),
     "an object for a list": ({"messages": {"0": A}}, "messages: Not a valid list."),
     "no list": ({"messages": None}, "messages: Field may not be null."),
+    "null in a queue": ({"messages": [A, None]}, "messages.1: Field may not be null."),
     "two of a queue": ({"messages": [0, A, 0]}, "messages.0: Invalid input type.; messages.2: Invalid input type."),
 }
 
