@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -58,8 +58,8 @@ def load_policy(path: str) -> None:
         raise PolicyError(f"the policy {path} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-class Stream:
-    """Makes updates of messages as the event's handlers decide. Raises NoHandler, HandlerFailed and StoreRefused."""
+class Decider:
+    """Decides what becomes of each message, as the event's handlers do. Raises NoHandler."""
 
     def __init__(self, request: RebindRequest, now: float) -> None:
         if not rebind.handlers:
@@ -67,39 +67,31 @@ class Stream:
         self._handlers, self._request, self._now = [*rebind.handlers], request, now
         self.pairs: Counter[tuple[str, str]] = Counter()  # messages of each pair of queues, the old and the new one
 
-    def __call__(self, rows: Iterable[MessageRow]) -> Iterator[Update]:
-        for row in rows:
-            update = self._update(row)
-            self.pairs[row.queue, update.queue] += 1
-            yield update
-
-    def _update(self, row: MessageRow) -> Update:
-        """What becomes of one message."""
+    def __call__(self, row: MessageRow) -> Update:
+        """What becomes of one message. Raises HandlerFailed and StoreRefused."""
         try:
             message = read_message(row)
         except ValueError as error:
             raise StoreRefused(str(error)) from error
         changed = call_handlers(self._handlers, message, row, self._request.data)
-        domain = row.domain if changed.recipient is None else domain_of(message.recipient)
-        queue = queue_name(message.meta, domain)
-        due = self._now if self._request.always_flush or queue != row.queue else row.due
-        sender = row.sender if changed.sender is None else changed.sender
-        recipient = row.recipient if changed.recipient is None else changed.recipient
-        meta = row.meta if changed.meta is None else changed.meta
+        domain = None if changed.recipient is None else domain_of(message.recipient)
+        queue = queue_name(message.meta, row.domain if domain is None else domain)
         try:
-            f"{sender}{recipient}{domain}{meta}{queue}".encode()
+            queue.encode()
         except UnicodeEncodeError as error:  # SQLite kept it
             raise StoreRefused(f"the message {row.id} cannot be stored: it contains a lone surrogate") from error
-        return Update(sender, recipient, domain, meta, queue, due, row.at, *changed)
+        self.pairs[row.queue, queue] += 1
+        due = self._now if self._request.always_flush or queue != row.queue else row.due
+        return Update(row.id, *changed, domain, queue, due)
 
 
 def call_handlers(handlers: Sequence[Handler], message: Message, row: MessageRow, data: Mapping[str, str]) -> Changes:
     """Let the handlers change the message, which is as its row is. Returns what they changed. Raises HandlerFailed."""
-    changed = Changes(None, None, None)
+    changed, meta_read = Changes(None, None, None), dict(message.meta)
     for handler in handlers:
         try:
             handler(message, data=dict(data))
-            changed = changes(row, message)
+            changed = changes(row, meta_read, message)
         except BaseException as error:  # whatever it is, the answer is a 500 and the worker lives on
             if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
                 raise  # the Ctrl-C that ends a command arrives there and nowhere else

@@ -64,39 +64,42 @@ def read_message(row: Any) -> Message:
     return Message(row.sender, recipient, meta, *known)
 
 
-def changes(row: Any, message: Message) -> Changes:
-    """What differs from the row that a message was read from. Raises TypeError, ValueError if it cannot be stored."""
+def changes(row: Any, meta_read: dict[str, Any], message: Message) -> Changes:
+    """What differs from the row that a message was read from. Raises TypeError, ValueError if it cannot be stored.
+
+    meta_read: a shallow copy of the metadata, from before anybody could change it.
+    """
     sender = recipient = None
     if message.sender != row.sender:
         check_text(message.sender)
         sender = message.sender
-    if message.recipient != recipient_of(row.recipient):
+    if message.recipient != row.recipient and message.recipient != recipient_of(row.recipient):
         domain_of(message.recipient)
         text = recipient_text(message.recipient)  # of a list of one, an address
         recipient = None if text == row.recipient else text
-    return Changes(sender, recipient, _new_meta(row.meta, message.meta))
+    return Changes(sender, recipient, _new_meta(row.meta, meta_read, message.meta))
 
 
-def _new_meta(stored: str, meta: Any) -> str | None:
+def _new_meta(stored: str, read: dict[str, Any], meta: Any) -> str | None:
     """The metadata as JSON; None if it is what is stored. Only what is new is checked."""
     if not isinstance(meta, dict):
         raise TypeError("meta must be a dict")
-    text = to_json(meta)
-    if text == stored:
-        return None
-    before = from_json(stored)
+    if "[" in stored or "{" in stored[1:]:  # what is nested may have changed in `read` too
+        read = from_json(stored)
     new = {
         key: value
         for key, value in meta.items()
-        if before.get(key, _MISSING) != value or (type(value) is not str and to_json(before[key]) != to_json(value))
+        if key not in read or (read[key] is not value and _differ(read[key], value))
     }
-    if not new and len(meta) == len(before):
-        return None  # it was written in another way
+    if not new and len(meta) == len(read):
+        return None
     check_json(new)
-    return text
+    return to_json(meta)
 
 
-_MISSING = object()
+def _differ(before: Any, after: Any) -> bool:
+    """Whether two values are not the same JSON: 1 and True are equal in Python."""
+    return before != after or (type(after) is not str and to_json(before) != to_json(after))
 
 
 def domain_of(recipient: str | list[str]) -> str:

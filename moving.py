@@ -23,41 +23,38 @@ class MessageRow(NamedTuple):
     meta: str
     id: str
     queue: str
+    domain: str
     size: int
     created: float
     due: float
     num_attempts: int
-    domain: str
-    at: Any  # what the engine finds the message by
 
 
 MESSAGE_COLUMNS: list[sa.ColumnElement[Any]] = [
     messages.c.sender,
     sa.type_coerce(messages.c.recipient, sa.Text).label("recipient"),
     sa.cast(messages.c.meta, sa.Text).label("meta"),
-    *(messages.c[name] for name in ("id", "queue", "size", "created", "due", "num_attempts", "domain")),
+    *(messages.c[name] for name in ("id", "queue", "domain", "size", "created", "due", "num_attempts")),
 ]
 
 
 class Update(NamedTuple):
-    """What `update_each` makes of one message, and what its record says of that, each field as its column holds it."""
+    """What `update_each` makes of one message, each field as its column holds it; None is what does not change."""
 
-    sender: str
-    recipient: str
-    domain: str
-    meta: str
+    id: str  # of the message
+    sender: str | None
+    recipient: str | None
+    meta: str | None
+    domain: str | None
     queue: str
     due: float  # in seconds since 1970
-    at: Any  # what the engine finds the message by
-    new_sender: str | None
-    new_recipient: str | None
-    new_meta: str | None
 
 
-UPDATED_COLUMNS = Update._fields[:6]
-NEW_COLUMNS = Update._fields[7:]
+# Columns of a record that say what the event or an undo made of its message, NULL for what it did not change.
+NEW_COLUMNS = ("new_sender", "new_recipient", "new_meta")
+NEW_OF_UNDO = (*NEW_COLUMNS, "new_due")
 
-Decide = Callable[[Iterable[MessageRow]], Iterator[Update]]  # makes updates of rows, lazily and in their order
+Decide = Callable[[MessageRow], Update]  # makes the update of one message
 
 
 @dataclass(frozen=True)
@@ -103,10 +100,12 @@ def record_of(rebind_id: str, before: Any, new_queue: Any, **news: sa.ColumnElem
     return columns | {"queue": new_queue, "old_queue": before["queue"]} | news
 
 
-def unless_same(before: Any, after: Any) -> Record:
+def unless_same(before: Any, after: Any, names: Iterable[str]) -> Record:
     """What a record says that its message became, NULL for what has not changed."""
-    names = {name: name.removeprefix("new_") for name in (*NEW_COLUMNS, "new_due")}
-    return {new: sa.func.nullif(after[name], before[name], type_=log.c[new].type) for new, name in names.items()}
+    return {
+        name: sa.func.nullif(after[column], before[column], type_=log.c[name].type)
+        for name, column in ((name, name.removeprefix("new_")) for name in names)
+    }
 
 
 def of_rebind(rebind: Any) -> sa.ColumnElement[bool]:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 import moving
 from message import from_json, to_json
-from moving import Decide, MessageRow, NewState, Selection
+from moving import Decide, MessageRow, NewState, Selection, Update
 from store import StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable
 from tables import TOO_LONG, contents, log, messages
 
@@ -189,7 +189,7 @@ def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id
     moves = sa.func.count().filter(before["queue"] != after["queue"])
     counts = sa.select(sa.func.count(), moves).select_from(changed)
     if rebind_id is not None:
-        news = moving.unless_same(before, after) if selection.of_records else {}
+        news = moving.unless_same(before, after, moving.NEW_OF_UNDO) if selection.of_records else {}
         columns = moving.record_of(rebind_id, before, after["queue"], **news)
         records = sa.select(*columns.values()).select_from(changed)
         counts = counts.add_cte(sa.insert(log).from_select(list(columns), records).cte("records"))
@@ -203,7 +203,7 @@ def _returns_old(db: sa.Connection) -> bool:
 
 
 def rows(db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
-    _open_cursor(db, selection.select(*moving.MESSAGE_COLUMNS, messages.c.id.label("at")))
+    _open_cursor(db, selection.select(*moving.MESSAGE_COLUMNS))
     with _pipeline(db) as driver:
         yield from _read_ahead(driver)
 
@@ -213,13 +213,22 @@ def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_
     # as it goes: another transaction that is in the way may end this one after handlers were called. While `decide`
     # looks at some messages, the server changes those before and reads those after them, which saves a third of the
     # time.
-    found = selection.select(*moving.MESSAGE_COLUMNS, messages.c.id.label("at"))
-    _open_cursor(db, found.with_for_update(key_share=True, of=messages))
+    _open_cursor(db, selection.select(*moving.MESSAGE_COLUMNS).with_for_update(key_share=True, of=messages))
     change = _update_batch(rebind_id).compile(db)
+    waiting: list[Update] = []
+
+    def send() -> None:
+        if waiting:
+            driver.execute(str(change), change.params | {"updates": to_json([one._asdict() for one in waiting])})
+        waiting.clear()
+
     with _pipeline(db) as driver:
-        for batch in moving.batches(decide(_read_ahead(driver)), lambda one: len(one.meta)):
-            updates = to_json([one._asdict() for one in batch])
-            driver.execute(str(change), change.params | {"updates": updates})
+        # A batch that is sent before the next messages have arrived would hold them up: answers come in order.
+        decided = map(decide, _read_ahead(driver, send))
+        for batch in moving.batches(decided, lambda one: len(one.meta or "")):
+            send()
+            waiting += batch
+        send()
 
 
 def contents_of(db: sa.Connection, ids: Sequence[str]) -> dict[str, bytes]:
@@ -242,11 +251,12 @@ def _open_cursor(db: sa.Connection, each: sa.Select[Any]) -> None:
     db.exec_driver_sql(f"DECLARE each_message CURSOR FOR {compiled}", compiled.params)
 
 
-def _read_ahead(driver: psycopg.Connection) -> Iterator[MessageRow]:
-    """The cursor's rows. The next ones are asked for before these are used."""
+def _read_ahead(driver: psycopg.Connection, arrived: Callable[[], object] = lambda: None) -> Iterator[MessageRow]:
+    """The cursor's rows. The next ones are asked for before these are used. Calls `arrived` before it asks for more."""
     size = moving.FIRST_ROWS
     reading = driver.execute(f"FETCH {size} FROM each_message")
     while found := list(map(MessageRow._make, reading.fetchall())):
+        arrived()
         size = moving.rows_to_read(size, sum(len(row.meta) for row in found))
         reading = driver.execute(f"FETCH {size} FROM each_message")
         yield from found
@@ -259,15 +269,20 @@ def _update_batch(rebind_id: str | None) -> sa.Update | sa.Insert:
         .table_valued(*(sa.column(name, sa.Text()) for name in moving.Update._fields))
         .render_derived(with_types=True)
     )
-    new = {name: sa.cast(each.c[name], messages.c[name].type) for name in moving.UPDATED_COLUMNS}
-    change = sa.update(messages).where(messages.c.id == each.c.at).values(new)
+    became = {name: sa.cast(each.c[name], messages.c[name].type) for name in moving.Update._fields[1:]}
+    before = messages.alias("before")
+    this = sa.literal_column("messages.ctid") == sa.literal_column("before.ctid")  # its row is locked, and stays there
+    change = (
+        sa.update(messages)
+        .where(before.c.id == each.c.id, this)
+        .values({name: sa.func.coalesce(value, messages.c[name]) for name, value in became.items()})
+    )
     if rebind_id is None:
         return change
-    # Both parts of the statement see the messages as they were before it.
-    news = {name: sa.cast(each.c[name], log.c[name].type) for name in moving.NEW_COLUMNS}
-    columns = moving.record_of(rebind_id, messages.c, each.c.queue, **news)
-    records = sa.select(*columns.values()).where(messages.c.id == each.c.at)
-    return sa.insert(log).from_select(list(columns), records).add_cte(change.cte("changed"))
+    news = {name: became[name.removeprefix("new_")] for name in moving.NEW_COLUMNS}
+    columns = moving.record_of(rebind_id, before.c, each.c.queue, **news)
+    changed = change.returning(*(value.label(name) for name, value in columns.items())).cte("changed")
+    return sa.insert(log).from_select(list(columns), sa.select(changed))
 
 
 @contextmanager

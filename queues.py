@@ -16,7 +16,7 @@ import sqlalchemy as sa
 import history
 import postgresql
 import sqlite
-from event import Stream
+from event import Decider
 from message import NewMessage, domain_of, recipient_text, to_json
 from moving import Backend, MessageRow, NewState, Selection, batches
 from names import DISCARDED, EVERYTHING, NAMING_KEYS, Criteria, new_name, queue_name
@@ -106,7 +106,7 @@ class QueueRegistry:
                 return earlier
             now, first_key = backend.now(db), backend.last_key(db) + 1
             work = _work(backend, db, request, now)
-            if isinstance(work.change, Stream):
+            if isinstance(work.change, Decider):
                 backend.update_each(db, work.selection, work.change, recorded)
                 done = Plan.of(work.change.pairs)
                 matched, moved = done.matched, done.moved
@@ -122,10 +122,10 @@ class QueueRegistry:
         backend = self.database.backend
         with self.database.begin_read() as db:
             work = _work(backend, db, request, backend.now(db))
-            if isinstance(work.change, Stream):
+            if isinstance(work.change, Decider):
                 with closing(backend.rows(db, work.selection)) as rows:
-                    for _ in work.change(rows):
-                        pass
+                    for row in rows:
+                        work.change(row)
                 pairs: Mapping[tuple[str, str], int] = work.change.pairs
             else:
                 pairs = _pairs(db, work.selection, work.change)
@@ -240,7 +240,7 @@ class Work(NamedTuple):
     """What a request asks for, in terms of this database."""
 
     selection: Selection  # which messages
-    change: NewState | Stream  # what becomes of each
+    change: NewState | Decider  # what becomes of each
     undo: history.Undo | None = None  # if it takes back an earlier rebind
 
 
@@ -252,8 +252,8 @@ def _work(backend: Backend, db: sa.Connection, request: RebindRequest, now: floa
         return Work(backend.sized(db, found), undo.new, undo)
     at_most = len(request.criteria.id) or None
     if request.trigger_rebind_event:
-        stream = Stream(request, now)
-        return Work(backend.sized(db, Selection(matching, request.limit, at_most=at_most)), stream)
+        decider = Decider(request, now)
+        return Work(backend.sized(db, Selection(matching, request.limit, at_most=at_most)), decider)
     new = _new_state(backend, request, now)
     if request.limit is not None and new.renames:
         matching &= messages.c.queue != new.values["queue"]  # so that the same request moves the next ones

@@ -7,7 +7,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -48,15 +48,6 @@ NO_TEMPORARY = "SQLite has no folder for temporary files: set SQLITE_TMPDIR to o
 WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EACCES}  # of the file: what does not mend itself
 
 _rowid: sa.ColumnElement[int] = sa.literal_column("messages.rowid", sa.Integer)
-
-# The messages that `update_each` goes through, decided at its start: one may move to a queue that is yet to be read.
-_marked = sa.Table(
-    "marked",
-    sa.MetaData(),
-    sa.Column("n", sa.Integer, primary_key=True),
-    sa.Column("message", sa.BigInteger, nullable=False),
-    prefixes=["TEMPORARY"],
-)
 
 
 def connect_to(url: str, busy_timeout: float) -> sa.Engine:
@@ -105,7 +96,7 @@ def _set_up(connection: Any, busy_timeout: float) -> None:
     connection.execute("PRAGMA page_size = 8192")  # bytes, of a new file; docs/experiments.md says why
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.text_factory = methodcaller("decode", "utf-8", "rebind.lenient")
+    connection.text_factory = _decoded
     connection.create_function("plain_keys", 1, plain_keys, deterministic=True)
     with suppress(connection.OperationalError):  # another process turns it to WAL at the same moment
         connection.execute("PRAGMA journal_mode = WAL")
@@ -120,6 +111,15 @@ def _lenient(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 codecs.register_error("rebind.lenient", _lenient)
+_decoded = methodcaller("decode", "utf-8", "rebind.lenient")
+TEXTS = MessageRow._fields.index("size")  # columns of a message that are texts
+
+
+def _texts(values: Iterable[bytes]) -> list[Any]:
+    try:
+        return list(map(bytes.decode, values))
+    except UnicodeDecodeError:
+        return list(map(_decoded, values))
 
 
 def _checkpoint(file: StoreFile, connection: Any, record: Any) -> None:
@@ -240,6 +240,7 @@ def take_turn(db: sa.Connection) -> None:
 
 def sized(db: sa.Connection, selection: Selection) -> Selection:
     matched = _count(db, selection.select(_rowid)) if selection.at_most is None else selection.at_most
+    matched = min(matched, selection.limit or matched)
     if matched >= MANY:
         db.execute(sa.text("PRAGMA wal_autocheckpoint = 0"))
         db.info["checkpoint"] = True
@@ -261,12 +262,61 @@ def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id
     if moved == 0:  # to set a column to what it is costs as much as to change it, because of the index
         unmoved = {"queue", "due"} if new.due_if_moved else {"queue"}
         values = {name: value for name, value in values.items() if name not in unmoved}
-    statement = _update(selection, values or {"meta": messages.c.meta})  # each is written for its record
-    with _recorded(db, selection, values or ["meta"], rebind_id), _index_rebuilt(db, selection, values):
-        changed: sa.CursorResult[Any] = db.execute(statement)
+    values = values or {"meta": messages.c.meta}  # each is written for its record
+    matched = _change(db, selection, values, rebind_id, moving.NEW_OF_UNDO if selection.of_records else ())
     if moved is None:
         moved = _count(db, sa.select(log.c.key).where(log.c.key > before, log.c.queue != log.c.old_queue))
-    return changed.rowcount, moved
+    return matched, moved
+
+
+def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_id: str | None) -> None:
+    with _decided(db, decide) as values:
+        _change(db, selection, values, rebind_id, moving.NEW_COLUMNS)
+
+
+@contextmanager
+def _decided(db: sa.Connection, decide: Decide) -> Iterator[Mapping[str, Any]]:
+    """The new values of a message's columns, as functions that SQLite calls while it changes the row.
+
+    SQLite computes them in the order of the table's columns: the first one decides, and the others give the rest.
+    """
+    driver: Any = db.connection.driver_connection
+    update: Any = None
+    failure: BaseException | None = None
+
+    def decided_sender(*row: Any) -> Any:
+        nonlocal update, failure
+        try:
+            update = decide(MessageRow(*_texts(row[:TEXTS]), *row[TEXTS:]))
+        except BaseException as error:
+            failure = error
+            raise
+        return update.sender
+
+    texts = [sa.cast(messages.c[name], sa.LargeBinary) for name in MessageRow._fields[:TEXTS]]
+    values = {"sender": sa.func.decided_sender(*texts, *(messages.c[name] for name in MessageRow._fields[TEXTS:]))}
+    driver.create_function("decided_sender", -1, decided_sender)
+    for name in ("recipient", "domain", "queue", "meta", "due"):
+        driver.create_function(f"decided_{name}", -1, lambda name=name: getattr(update, name))
+        values[name] = getattr(sa.func, f"decided_{name}")()
+    try:
+        yield {name: sa.func.coalesce(value, messages.c[name]) for name, value in values.items()}
+    except Exception:
+        if failure is not None:  # of which SQLite says only that there was one
+            raise failure from None
+        raise
+    finally:
+        for name in values:
+            driver.create_function(f"decided_{name}", -1, None)
+
+
+def _change(
+    db: sa.Connection, selection: Selection, values: Mapping[str, Any], rebind_id: str | None, news: Iterable[str]
+) -> int:
+    """Set these columns of the messages, and write a record of each unless `rebind_id` is None: how many."""
+    with _recorded(db, values, rebind_id, news), _index_rebuilt(db, selection, values):
+        changed: sa.CursorResult[Any] = db.execute(_update(selection, values))
+    return changed.rowcount
 
 
 def _update(selection: Selection, values: Mapping[str, Any]) -> sa.Update:
@@ -282,9 +332,7 @@ def _update(selection: Selection, values: Mapping[str, Any]) -> sa.Update:
 
 
 @contextmanager
-def _recorded(
-    db: sa.Connection, selection: Selection, changed: Collection[str], rebind_id: str | None
-) -> Iterator[None]:
+def _recorded(db: sa.Connection, changed: Iterable[str], rebind_id: str | None, news: Iterable[str]) -> Iterator[None]:
     """Write a record of each message when one of the columns `changed` is set, as a site's own trigger does not."""
     if rebind_id is None:
         yield
@@ -292,9 +340,7 @@ def _recorded(
     names = [*moving.BEFORE, "queue"]
     old: Any = {name: sa.literal_column(f"old.{name}") for name in names}
     new: Any = {name: sa.literal_column(f"new.{name}") for name in names}
-    columns = moving.record_of(
-        rebind_id, old, new["queue"], **(moving.unless_same(old, new) if selection.of_records else {})
-    )
+    columns = moving.record_of(rebind_id, old, new["queue"], **moving.unless_same(old, new, news))
     # A trigger has no parameters: SQLAlchemy quotes what it writes.
     insertion = sa.insert(log).values(columns).compile(db, compile_kwargs={"literal_binds": True})
     on = f"UPDATE OF {', '.join(changed)} ON main.messages"
@@ -315,58 +361,8 @@ def _index_rebuilt(db: sa.Connection, selection: Selection, changed: Collection[
 
 
 def rows(db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
-    return _read(db, selection.select(*moving.MESSAGE_COLUMNS, _rowid))
-
-
-def _read(db: sa.Connection, statement: sa.Select[Any]) -> Generator[MessageRow]:
     size = moving.FIRST_ROWS
-    with db.execute(statement) as found:
+    with db.execute(selection.select(*moving.MESSAGE_COLUMNS)) as found:
         while read := list(map(MessageRow._make, found.fetchmany(size))):
             size = moving.rows_to_read(size, sum(len(row.meta) for row in read))
             yield from read
-
-
-def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_id: str | None) -> None:
-    each = _mark(db, selection)
-    # By the driver itself: SQLAlchemy takes longer to bind the values than SQLite to write them.
-    change = f"UPDATE messages SET {', '.join(f'{name} = ?' for name in moving.UPDATED_COLUMNS)} WHERE rowid = ?"  # noqa: S608
-    record = None if rebind_id is None else _record_batch(rebind_id)
-    # If `decide` raises, a statement that is still open would keep the next rebind from changing the index.
-    with _index_rebuilt(db, selection, moving.UPDATED_COLUMNS), closing(_read(db, each)) as read:
-        for batch in moving.batches(decide(read), lambda one: len(one.meta)):
-            if record is not None:
-                said = [(one.at, one.queue, one.new_sender, one.new_recipient, one.new_meta) for one in batch]
-                db.execute(record, {"updates": to_json(said)})
-            db.exec_driver_sql(
-                change,
-                [(one.sender, one.recipient, one.domain, one.meta, one.queue, one.due, one.at) for one in batch],
-            )
-    _marked.drop(db)
-
-
-def _mark(db: sa.Connection, selection: Selection) -> sa.Select[Any]:
-    """Write down which messages there are. Returns the statement that reads them."""
-    _marked.create(db)
-    mark = selection.select(_rowid)
-    if selection.limit is None:
-        mark = mark.order_by(_rowid + 0)  # as they are stored, but not by reading every message to find a few
-    db.execute(sa.insert(_marked).from_select(["message"], mark))
-    db.execute(sa.text("ANALYZE marked"))  # or the planner may start from all the messages
-    source = _marked.join(messages, _rowid == _marked.c.message)
-    return sa.select(*moving.MESSAGE_COLUMNS, _rowid).select_from(source).order_by(_marked.c.n)
-
-
-def _record_batch(rebind_id: str) -> sa.Insert:
-    """Write the records of messages that are about to be updated, while their rows say what they were.
-
-    `updates` is a JSON list of rowid, new queue and NEW_COLUMNS. One statement per record would take twice as long,
-    because each would bring the table that AUTOINCREMENT keeps up to date.
-    """
-    each = sa.func.json_each(sa.bindparam("updates")).table_valued("value", name="each")
-    at, queue, *news = (
-        sa.func.json_extract(each.c.value, sa.literal_column(f"'$[{n}]'"), type_=sa.Text())
-        for n in range(2 + len(moving.NEW_COLUMNS))
-    )
-    columns = moving.record_of(rebind_id, messages.c, queue, **dict(zip(moving.NEW_COLUMNS, news, strict=True)))
-    before = sa.select(*columns.values()).select_from(each.join(messages, _rowid == at))
-    return sa.insert(log).from_select(list(columns), before)
