@@ -303,7 +303,7 @@ def _decided(db: sa.Connection, decide: Decide) -> Iterator[Mapping[str, Any]]:
         yield {name: sa.func.coalesce(value, messages.c[name]) for name, value in values.items()}
     except Exception:
         if failure is not None:  # of which SQLite says only that there was one
-            raise failure from None
+            raise failure from failure.__cause__
         raise
     finally:
         for name in values:
