@@ -107,7 +107,8 @@ def init_app(app: Flask) -> None:
 
 @click.command(cls=StoreCommand)
 @click.argument("files", type=click.Path(allow_dash=True), nargs=-1, required=True)
-def load(files: tuple[str, ...]) -> None:
+@click.option("--skip-existing", is_flag=True, help="Skip messages whose ids are in the store already.")
+def load(files: tuple[str, ...], skip_existing: bool) -> None:
     """Load messages from FILES, or standard input (-): all of them or, when something is wrong, none.
 
     A file holds answers of KumoMTA's inspect-message or inspect-sched-q, one after the other.
@@ -121,11 +122,13 @@ def load(files: tuple[str, ...]) -> None:
             pickle.dump(None, kept)
             kept.seek(0)
             registry.prepare()
-            loaded = registry.load(chain.from_iterable(iter(lambda: pickle.load(kept), None)))  # noqa: S301
+            every_batch = iter(lambda: pickle.load(kept), None)  # noqa: S301
+            loaded = registry.load(chain.from_iterable(every_batch), skip_existing)
     except OSError as error:
         raise WrongFile(str(error)) from error
     empty = f", {loaded.empty} of them without content" if loaded.empty else ""
-    click.echo(f"{counted(loaded.messages, 'message')} loaded{empty}, {loaded.discarded} discarded")
+    skipped = f", {loaded.skipped} skipped" if loaded.skipped else ""
+    click.echo(f"{counted(loaded.messages, 'message')} loaded{empty}, {loaded.discarded} discarded{skipped}")
 
 
 def counter(label: str, counted: Iterable[Any] = count()) -> Any:

@@ -43,11 +43,12 @@ class QueueSummary:
 
 
 class Loaded(NamedTuple):
-    """How many messages were added, how many of those have no content, and how many were discarded."""
+    """How many messages were added, how many of those have no content, and how many were discarded or skipped."""
 
     messages: int
     empty: int
     discarded: int
+    skipped: int
 
 
 class DuplicateMessage(Exception):
@@ -135,26 +136,28 @@ class QueueRegistry:
         plan = Plan.of(pairs)
         return RebindResult(plan.matched, plan.moved, _flushed(request, plan.matched, plan.moved), left, plan=plan)
 
-    def load(self, new: Iterable[NewMessage]) -> Loaded:
+    def load(self, new: Iterable[NewMessage], skip_existing: bool = False) -> Loaded:
         """Add messages, all or none of them, except those for the queue `null`, which are discarded.
 
+        skip_existing: pass over messages whose ids are there already.
         Raises DuplicateMessage, StoreRefused and StoreUnavailable, and ValueError if a recipient has no domain.
         """
         backend = self.database.backend
-        added = empty = discarded = 0
+        added = empty = discarded = skipped = 0
         with self.database.begin_write() as db:
             now = backend.now(db)
             for batch in batches(new, lambda one: len(one.content)):
-                rows = [row for row in (_row(one, now) for one in batch) if row["queue"] != DISCARDED]
-                _refuse_duplicates(db, batch)
+                missing = [*_missing(db, batch, skip_existing)]
+                rows = [row for row in (_row(one, now) for one in missing) if row["queue"] != DISCARDED]
                 held = [{"id": row["id"], "data": row.pop("content")} for row in rows]
                 if rows:
                     backend.insert(db, messages, rows)
                     backend.insert(db, contents, held)
                 added += len(rows)
                 empty += sum(not row["size"] for row in rows)
-                discarded += len(batch) - len(rows)
-        return Loaded(added, empty, discarded)
+                discarded += len(missing) - len(rows)
+                skipped += len(batch) - len(missing)
+        return Loaded(added, empty, discarded, skipped)
 
     def queues(self, criteria: Criteria = EVERYTHING) -> list[QueueSummary]:
         """The queues that match, by name. Raises StoreUnavailable."""
@@ -307,10 +310,13 @@ def _row(new: NewMessage, now: float) -> dict[str, Any]:
     }
 
 
-def _refuse_duplicates(db: sa.Connection, batch: list[NewMessage]) -> None:
+def _missing(db: sa.Connection, batch: list[NewMessage], skip_existing: bool) -> Iterator[NewMessage]:
+    """The messages whose ids are not there. Raises DuplicateMessage for another one, unless it may be skipped."""
     there = set(db.scalars(sa.select(messages.c.id).where(messages.c.id.in_([new.id for new in batch]))))
     for new in batch:
-        if new.id in there:
+        if new.id not in there:
+            yield new
+        elif not skip_existing:
             raise DuplicateMessage(f"{new.source}: message id {new.id} already exists")
         there.add(new.id)
 

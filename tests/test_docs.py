@@ -40,7 +40,7 @@ MASKS = [
     (r"(?<=[ ])\d+ +(\d+[smhd] +)?\d+[smhd]\b", "DUE  AGE"),  # one message more is due every 14 seconds
     (r"\b\d+ due\b", "N due"),
     (r'"(timestamp|created|key)": \d+', r'"\1": N'),
-    (r'"age":\d+', '"age":N'),
+    (r'"overdue":\d+', '"overdue":N'),
     (rf"\b(root|{re.escape(getpass.getuser())})\b", "USER"),
     (r"[ ]{2,}", "  "),
 ]

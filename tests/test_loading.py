@@ -385,6 +385,18 @@ def test_an_id_that_is_in_the_store_is_named(load: Load, queues: QueueRegistry, 
         assert load(line("x") + line("ü\n\x1b[2J")) == refused(r"FILE:2: message id ü\n\x1b[2J already exists")
 
 
+def test_messages_whose_ids_are_in_the_store_may_be_skipped(
+    flask: Flask, queues: QueueRegistry, url: str, file: Path
+) -> None:
+    queues.load([message(id="a")])
+    before = stored(url)
+    file.write_text(line("a") + line("b") + line("b"))
+    loaded = flask("load", "--skip-existing", file)
+    assert loaded == (0, "1 message loaded, 0 discarded, 2 skipped\n", "")
+    assert [row for row in stored(url) if row["id"] == "a"] == before
+    assert [row["id"] for row in stored(url)] == ["a", "b"]
+
+
 @pytest.mark.sqlite
 def test_of_several_files_all_are_loaded_or_none(flask: Flask, url: str, tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("one", "two", "three")]

@@ -279,7 +279,7 @@ def test_a_message_is_stored_as_it_was_loaded(queues: QueueRegistry, url: str) -
     new = message("Ada@Example.COM", meta={"tenant": "t", "é": [1]}, content=b"\0\xff", due=1.25, num_attempts=7)
     empty = message(content=b"", due=None)
     start = time.time()
-    assert queues.load([new, empty]) == Loaded(messages=2, empty=1, discarded=0)
+    assert queues.load([new, empty]) == Loaded(messages=2, empty=1, discarded=0, skipped=0)
     row, without_a_time = stored(url)
     assert without_a_time["due"] == without_a_time["created"]
     assert start <= row["created"] <= time.time()
@@ -292,7 +292,7 @@ def test_a_message_is_stored_as_it_was_loaded(queues: QueueRegistry, url: str) -
 def test_a_load_discards_messages_for_the_queue_null(queues: QueueRegistry, url: str) -> None:
     kept = [message(meta={"queue": name}) for name in ("Null", "", "null@example.com", "t@null")]
     gone = [message(meta={"queue": "null"}) for _ in range(2)]
-    assert queues.load([gone[0], *kept, gone[1]]) == Loaded(messages=4, empty=0, discarded=2)
+    assert queues.load([gone[0], *kept, gone[1]]) == Loaded(messages=4, empty=0, discarded=2, skipped=0)
     assert [row["id"] for row in stored(url)] == [each.id for each in kept]
     assert contents(url).keys() == {each.id for each in kept}
 
