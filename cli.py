@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -87,10 +88,11 @@ def load(files: tuple[str, ...]) -> None:
 
     A file holds answers of KumoMTA's inspect-message or inspect-sched-q, one after the other.
     """
+    remarks: Counter[str] = Counter()
     try:
         with TemporaryFile() as kept:  # all is read and checked, which may take long, before the store is locked
             for name in files:
-                with click.open_file(name, "rb") as file, counter("loading", read_messages(file)) as bar:
+                with click.open_file(name, "rb") as file, counter("loading", read_messages(file, remarks)) as bar:
                     for batch in batches(bar, lambda message: len(message.content)):
                         pickle.dump(batch, kept)
             pickle.dump(None, kept)
@@ -101,6 +103,8 @@ def load(files: tuple[str, ...]) -> None:
         raise WrongFile(str(error)) from error
     empty = f", {loaded.empty} of them without content" if loaded.empty else ""
     click.echo(f"{counted(loaded.messages, 'message')} loaded{empty}, {loaded.discarded} discarded")
+    for remark, number in (+remarks).items():
+        click.echo(f"{counted(number, 'message')} {remark}", err=True)
 
 
 def counter(label: str, counted: Iterable[Any] = count()) -> Any:
