@@ -198,12 +198,11 @@ def _recipient(text: str) -> Any:
 
 
 def response(code: int, content: str, command: str | None = None) -> dict[str, Any]:
-    """A peer's answer, or ours. An enhanced status code (RFC 3463) at the start of the text is a field of its own."""
+    """A peer's answer, or ours, in one line. The enhanced status code (RFC 3463) of its lines is a field of its own."""
     enhanced = re.match(r"([245])\.(\d{1,3})\.(\d{1,3}) ", content)
-    if not enhanced:
-        return {"code": code, "enhanced_code": None, "content": content, "command": command}
-    numbers = dict(zip(("class", "subject", "detail"), map(int, enhanced.groups()), strict=True))
-    return {"code": code, "enhanced_code": numbers, "content": content[enhanced.end() :], "command": command}
+    numbers = dict(zip(("class", "subject", "detail"), map(int, enhanced.groups()), strict=True)) if enhanced else None
+    line = " ".join(each.removeprefix(enhanced[0] if enhanced else "") for each in content.split("\n"))
+    return {"code": code, "enhanced_code": numbers, "content": line, "command": command}
 
 
 class Pruned(NamedTuple):
