@@ -118,7 +118,7 @@ def _record(row: Any, rebind: Any) -> dict[str, Any]:
     meta = _meta(row, rebind)
     event_time = row.event_time if rebind is None else rebind.event_time
     reception = meta.get("reception_protocol") if isinstance(meta, dict) else None
-    content = f"Rebound from {row.old_queue} to {row.queue}: {rebind.reason if rebind else ''}"
+    said = f"Rebound from {row.old_queue} to {row.queue}: {rebind.reason}" if rebind else ""
     record = {
         "key": row.key,
         "type": row.type,
@@ -128,7 +128,7 @@ def _record(row: Any, rebind: Any) -> dict[str, Any]:
         "queue": row.queue,
         "site": "",
         "size": max(row.size, 0),
-        "response": {"code": 250, "enhanced_code": None, "content": content, "command": None},
+        "response": {"code": 250 if rebind else 0, "enhanced_code": None, "content": said, "command": None},
         "peer_address": None,
         "timestamp": math.floor(event_time or 0),
         "created": math.floor(row.created),
