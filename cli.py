@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -113,10 +114,11 @@ def load(files: tuple[str, ...], skip_existing: bool) -> None:
 
     A file holds answers of KumoMTA's inspect-message or inspect-sched-q, one after the other.
     """
+    remarks: Counter[str] = Counter()
     try:
         with TemporaryFile() as kept:  # all is read and checked, which may take long, before the store is locked
             for name in files:
-                with click.open_file(name, "rb") as file, counter("loading", read_messages(file)) as bar:
+                with click.open_file(name, "rb") as file, counter("loading", read_messages(file, remarks)) as bar:
                     for batch in batches(bar, lambda message: len(message.content)):
                         pickle.dump(batch, kept)
             pickle.dump(None, kept)
@@ -129,6 +131,8 @@ def load(files: tuple[str, ...], skip_existing: bool) -> None:
     empty = f", {loaded.empty} of them without content" if loaded.empty else ""
     skipped = f", {loaded.skipped} skipped" if loaded.skipped else ""
     click.echo(f"{counted(loaded.messages, 'message')} loaded{empty}, {loaded.discarded} discarded{skipped}")
+    for remark, number in (+remarks).items():
+        click.echo(f"{counted(number, 'message')} {remark}", err=True)
 
 
 def counter(label: str, counted: Iterable[Any] = count()) -> Any:

@@ -128,7 +128,7 @@ def _record(row: Any, rebind: Any) -> dict[str, Any]:
     meta = _meta(row, rebind)
     event_time = row.event_time if rebind is None else rebind.event_time
     reception = meta.get("reception_protocol") if isinstance(meta, dict) else None
-    content = f"Rebound from {row.old_queue} to {row.queue}: {rebind.reason if rebind else ''}"
+    said = f"Rebound from {row.old_queue} to {row.queue}: {rebind.reason}" if rebind else ""
     record = {
         "key": row.key,
         "type": row.type,
@@ -138,7 +138,7 @@ def _record(row: Any, rebind: Any) -> dict[str, Any]:
         "queue": row.queue,
         "site": "",
         "size": max(row.size, 0),
-        "response": {"code": 250, "enhanced_code": None, "content": content, "command": None},
+        "response": {"code": 250 if rebind else 0, "enhanced_code": None, "content": said, "command": None},
         "peer_address": None,
         "timestamp": math.floor(event_time or 0),
         "created": math.floor(row.created),
@@ -208,12 +208,11 @@ def _recipient(text: str) -> Any:
 
 
 def response(code: int, content: str, command: str | None = None) -> dict[str, Any]:
-    """A peer's answer, or ours. An enhanced status code (RFC 3463) at the start of the text is a field of its own."""
+    """A peer's answer, or ours, in one line. The enhanced status code (RFC 3463) of its lines is a field of its own."""
     enhanced = re.match(r"([245])\.(\d{1,3})\.(\d{1,3}) ", content)
-    if not enhanced:
-        return {"code": code, "enhanced_code": None, "content": content, "command": command}
-    numbers = dict(zip(("class", "subject", "detail"), map(int, enhanced.groups()), strict=True))
-    return {"code": code, "enhanced_code": numbers, "content": content[enhanced.end() :], "command": command}
+    numbers = dict(zip(("class", "subject", "detail"), map(int, enhanced.groups()), strict=True)) if enhanced else None
+    line = " ".join(each.removeprefix(enhanced[0] if enhanced else "") for each in content.split("\n"))
+    return {"code": code, "enhanced_code": numbers, "content": line, "command": command}
 
 
 class Pruned(NamedTuple):

@@ -3,6 +3,7 @@
 import time
 import uuid
 from base64 import b64decode, b64encode
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import IO, Any
@@ -17,6 +18,7 @@ from names import queue_name
 from schemas import NotJSON, in_a_line, json_documents, seconds
 from tables import MAX_NAME
 
+REPLACEMENT = "\ufffd".encode()
 UUID_EPOCH = 12219292800  # seconds from 1582-10-15, when the time of a UUID begins, to 1970
 
 
@@ -24,26 +26,41 @@ class WrongFile(ValueError):
     """What is wrong in a file, with the file's name, the line and the field."""
 
 
-def read_messages(file: IO[bytes]) -> Iterator[NewMessage]:
-    """The messages of a file. One document, or one line, is in memory at once. Raises WrongFile and OSError."""
+# What is said of messages after their number: they are not all, or not all of what they were in KumoMTA.
+MISSING = "that KumoMTA counted in a queue and did not print: see kcli's --no-limit"
+DAMAGED = "with U+FFFD in the content: KumoMTA prints it for what is not UTF-8"
+LIMITED = "with an expiry or a delivery window, which is not kept"
+
+
+def read_messages(file: IO[bytes], remarks: Counter[str]) -> Iterator[NewMessage]:
+    """The messages of a file. One document, or one line, is in memory at once. Raises WrongFile and OSError.
+
+    remarks: gets the number of messages of which each remark is true.
+    """
     try:
         for line, document in json_documents(file):
-            yield from _new_messages(document, f"{file.name}:{line}")
+            yield from _new_messages(document, f"{file.name}:{line}", remarks)
     except NotJSON as error:
         raise WrongFile(f"{file.name}:{error.line}: this is not valid JSON: {error}") from error
 
 
-def _new_messages(document: Any, source: str) -> Iterator[NewMessage]:
+def _new_messages(document: Any, source: str, remarks: Counter[str]) -> Iterator[NewMessage]:
     """The messages of one answer; `source` says where it stands. Raises WrongFile."""
     try:
         if isinstance(document, dict) and "messages" in document:
-            answers = _object(document, INSPECTED_QUEUE, others=True)["messages"]
+            queue = _object(document, INSPECTED_QUEUE, others=True)
         else:
-            answers = [_answer(document)]
+            queue = {"messages": [_answer(document)]}
     except ValidationError as error:
         raise WrongFile(f"{source}: {in_a_line(error.messages)}") from error
-    for answer in answers:
+    remarks[MISSING] += max(queue.get("num_scheduled", 0) - len(queue["messages"]), 0)
+    for answer in queue["messages"]:
         message = answer["message"]
+        data, scheduling = message.pop("data", b""), message.pop("scheduling", {})
+        remarks[DAMAGED] += not data.isascii() and REPLACEMENT in data
+        remarks[LIMITED] += scheduling.get("limited", False)
+        message["content"] = message.pop("data_base64", data)
+        message.setdefault("due", scheduling.get("first_attempt"))
         if "created" not in message:
             message["created"] = _created(answer["id"])
         yield NewMessage(id=answer["id"], source=source, **message)
@@ -68,15 +85,20 @@ def _object(given: Any, fields: Fields, others: bool = False) -> dict[Any, Any]:
     missing = [name for name in REQUIRED if name in fields and name not in given]
     wrong: dict[Any, Any] = {name: ["Missing data for required field."] for name in missing}
     for name, value in given.items():
-        if others and name not in fields:
+        if name not in fields:
+            if not others:
+                wrong[name] = ["Unknown field."]
             continue
+        if value is None and name in NULLABLE:
+            continue
+        kind, read = fields[name]
         try:
-            if name not in fields:
-                raise ValueError("Unknown field.")
-            if value is not None:
-                found[name] = _value(value, *fields[name])
-            elif name not in NULLABLE:
+            if value is None:
                 raise ValueError("Field may not be null.")
+            if type(value) is not kind and kind is not object:
+                raise ValueError(f"Not a valid {TYPES[kind]}.")
+            became = read(value)
+            found[name] = value if became is None else became
         except ValueError as error:
             wrong[name] = [str(error)]
         except ValidationError as error:
@@ -86,26 +108,17 @@ def _object(given: Any, fields: Fields, others: bool = False) -> dict[Any, Any]:
     return found
 
 
-def _value(value: Any, kind: type, read: Callable[[Any], Any]) -> Any:
-    if kind is not object and type(value) is not kind:
-        raise ValueError(f"Not a valid {TYPES[kind]}.")
-    became = read(value)
-    return value if became is None else became
-
-
 def _answers(given: list[Any]) -> list[dict[str, Any]]:
     each = dict.fromkeys(range(len(given)), (object, _answer))
     return [*_object(dict(enumerate(given)), each).values()]
 
 
 def _message(given: Any) -> dict[str, Any]:
-    """What KumoMTA tells of a message, as fields of NewMessage."""
+    """What KumoMTA tells of a message, with the domain and the queue that follow from it."""
     message = {"meta": {}} | _object(given, MESSAGE)
-    message.setdefault("due", message.pop("scheduling", {}).get("first_attempt"))
-    plain = message.pop("data", b"")
-    message["content"] = message.pop("data_base64", plain)
     if "domain" not in message:
-        message["domain"] = _object(message, ADDRESSES, others=True)["recipient"]
+        envelope = {"sender": message["sender"], "recipient": message["recipient"]}
+        message["domain"] = _object(envelope, ADDRESSES)["recipient"]
     if "queue" not in message:
         message["queue"] = queue_name(message["meta"], message["domain"])
     if len(message["queue"].encode()) > MAX_NAME:
@@ -124,7 +137,14 @@ def _check_sender(sender: str) -> None:
         check_address(sender)
 
 
-INSPECTED_QUEUE: Fields = {"messages": (list, _answers)}
+def _scheduling(given: Any) -> dict[str, Any]:
+    """The first attempt, and whether there are other limits to the time of delivery."""
+    found = _object(given, {"first_attempt": (object, seconds)}, others=True)
+    limits = {name for name, value in given.items() if value is not None} - {"first_attempt"}
+    return found | {"limited": bool(limits)}
+
+
+INSPECTED_QUEUE: Fields = {"messages": (list, _answers), "num_scheduled": (int, int)}
 INSPECTED_MESSAGE: Fields = {"id": (str, _check_id), "message": (object, _message)}
 _answer = partial(_object, fields=INSPECTED_MESSAGE)
 MESSAGE: Fields = {
@@ -134,7 +154,7 @@ MESSAGE: Fields = {
     "data": (str, str.encode),
     "due": (object, seconds),
     "num_attempts": (int, validate.Range(0, MAX_ATTEMPTS)),
-    "scheduling": (object, partial(_object, fields={"first_attempt": (object, seconds)}, others=True)),
+    "scheduling": (object, _scheduling),
     # What KumoMTA does not print, and `flask messages` does:
     "created": (object, seconds),
     "domain": (str, check_text),

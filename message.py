@@ -75,7 +75,8 @@ def changes(row: Any, meta_read: dict[str, Any], message: Message) -> Changes:
         sender = message.sender
     if message.recipient != row.recipient and message.recipient != recipient_of(row.recipient):
         domain_of(message.recipient)
-        text = recipient_text(message.recipient)  # of a list of one, an address
+        parts = [address.rpartition("@") for address in addresses_of(message.recipient)]
+        text = recipient_text([f"{local}@{domain.lower()}" for local, _, domain in parts])
         recipient = None if text == row.recipient else text
     return Changes(sender, recipient, _new_meta(row.meta, meta_read, message.meta))
 

@@ -59,6 +59,12 @@ def _by_engine(name: str, sqlite: str, postgresql: str) -> tuple[sa.CheckConstra
     )
 
 
+# As KumoMTA knows them. Ours stands first, so that the others are not looked at for each message of a rebind.
+RECORD_TYPES = (
+    *("AdminRebind", "Delivery", "Bounce", "TransientFailure", "Expiration", "AdminBounce", "Reception", "Rejection"),
+    *("OOB", "Feedback", "DeferredInjectionRebind", "Delayed", "XferOut", "XferIn"),
+)
+
 metadata = sa.MetaData()
 
 schema_version = sa.Table(
@@ -176,7 +182,23 @@ log = sa.Table(
     sa.Column("details", Document),  # the fields of the record beside those of every record
     _is_time("created"),
     _is_time("event_time"),
+    sa.CheckConstraint(f"type = '{RECORD_TYPES[0]}' OR type IN {RECORD_TYPES[1:]}", name="type_is_known"),
     sa.CheckConstraint("event_time IS NOT NULL OR rebind_id IS NOT NULL", name="event_time_or_rebind"),
+    *_by_engine(
+        "nodeid_is_uuid_or_rebind",
+        f"rebind_id IS NOT NULL OR coalesce(nodeid GLOB '{'-'.join('[0-9a-fA-F]' * n for n in (8, 4, 4, 4, 12))}', 0)",
+        "rebind_id IS NOT NULL OR coalesce(nodeid ~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$', false)",
+    ),
+    *_by_engine(
+        "response_is_readable",  # a code of 16 bits and a text, if there is one
+        "details IS NULL OR coalesce(json_type(details, '$.response.content') = 'text' "
+        "AND json_type(details, '$.response.code') = 'integer' "
+        "AND json_extract(details, '$.response.code') BETWEEN 0 AND 65535, json_type(details, '$.response') IS NULL)",
+        "details IS NULL OR coalesce(jsonb_typeof(details #> '{response,content}') = 'string' "
+        "AND jsonb_typeof(details #> '{response,code}') = 'number' "
+        "AND details #>> '{response,code}' ~ '^[0-9]{1,5}$' "
+        "AND (details #>> '{response,code}')::numeric <= 65535, details -> 'response' IS NULL)",
+    ),
     sqlite_autoincrement=True,  # a key is never used again, so that a reader who holds one misses nothing
     sqlite_strict=True,
 )

@@ -26,6 +26,7 @@ from cli import VERSION, time_of
 from deliverylog import MAX_ATTEMPTS
 from display import fitted, width
 from event import rebind as rebind_event
+from history import NODEID
 from message import Message
 from names import Criteria
 from queues import QueueRegistry, logger
@@ -430,8 +431,8 @@ def test_prune_lets_others_write_between_its_transactions_and_passes_over_what_s
 def record_of(event_time: float) -> str:
     """The statement that writes a record of this time."""
     return (
-        "INSERT INTO log (type, id, sender, recipient, queue, size, created, num_attempts, event_time, meta) "
-        f"VALUES ('Delivery', 'm', '', 'ada@example.com', 'q', 0, 1, 0, {event_time}, '{{}}')"
+        "INSERT INTO log (type, id, sender, recipient, queue, size, created, num_attempts, event_time, meta, nodeid) "
+        f"VALUES ('Delivery', 'm', '', 'ada@example.com', 'q', 0, 1, 0, {event_time}, '{{}}', '{NODEID}')"
     )
 
 

@@ -154,7 +154,8 @@ def test_a_message_that_its_route_refuses_is_rebound_and_delivered_once(
 
 def test_a_permanent_refusal_bounces(queues: QueueRegistry, url: str, sink: Callable[..., Sink]) -> None:
     queues.load([message("ada@example.com")])
-    deliver(url, **{"example.com": f"localhost:{sink('550 5.1.1 no such user').port}"})
+    refusing = sink("550-5.1.1 no such\r\n550 5.1.1 user")
+    deliver(url, **{"example.com": f"localhost:{refusing.port}"})
     (record,) = deliverylog.records(queues.database)
     assert (record["type"], stored(url)) == ("Bounce", [])
     assert record["response"] == {

@@ -18,7 +18,7 @@ from waiting import PATIENCE
 import deliverylog
 import tables
 from deliverylog import Pruned
-from history import NothingToUndo, UnknownRebind
+from history import NODEID, NothingToUndo, UnknownRebind
 from queues import QueueRegistry
 from rebinding import RebindResult
 from store import StoreUnavailable
@@ -145,7 +145,14 @@ def follow(
 
 def delivery(id: str) -> Any:
     """The statement by which a worker writes a record."""
-    record = {"type": "Delivery", "sender": "", "recipient": "ada@a.example", "queue": "q", "meta": {}, "nodeid": "n"}
+    record = {
+        "type": "Delivery",
+        "sender": "",
+        "recipient": "ada@a.example",
+        "queue": "q",
+        "meta": {},
+        "nodeid": NODEID,
+    }
     return insert(tables.log).values(record | {"id": id, "size": 0, "created": 1, "num_attempts": 1, "event_time": 2})
 
 

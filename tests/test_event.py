@@ -100,7 +100,7 @@ def test_a_handler_may_change_meta_and_the_envelope(queues: QueueRegistry, url: 
     (row,) = stored(url)
     assert row == before | {
         "sender": "",
-        "recipient": ["bob@Two.example", "cyd@three.example"],
+        "recipient": ["bob@two.example", "cyd@three.example"],
         "domain": "two.example",
         "queue": "two.example",
         "meta": {"é": [1]},

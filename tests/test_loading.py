@@ -16,6 +16,7 @@ from databases import contents, locked, logged, names, nothing_changes, stored
 from factories import ask, message
 from terminal import Command, Flask, on_a_terminal, peak, without_store
 
+from kumo import DAMAGED, LIMITED, MISSING
 from moving import BATCH
 from queues import QueueRegistry
 from rebinding import printable
@@ -72,9 +73,9 @@ def ids(url: str) -> list[str]:
     return [row["id"] for row in stored(url)]
 
 
-def loaded(count: int, rest: str = "0 discarded") -> tuple[int, str, str]:
+def loaded(count: int, rest: str = "0 discarded", remark: str = "") -> tuple[int, str, str]:
     """The outcome of a load of so many messages."""
-    return 0, f"{count} message{'' if count == 1 else 's'} loaded, {rest}\n", ""
+    return 0, f"{count} message{'' if count == 1 else 's'} loaded, {rest}\n", remark and f"{remark}\n"
 
 
 def refused(reason: str) -> tuple[int, str, str]:
@@ -129,7 +130,7 @@ def test_every_field_of_an_answer_is_kept(load: Load, url: str) -> None:
         "num_attempts": 65535,
         "scheduling": {"dow": "Mon,Tue", "tz": "UTC", "start": "09:00:00", "end": "17:00:00", "first_attempt": None},
     }
-    assert load(line(ID, **fields)) == loaded(1)
+    assert load(line(ID, **fields)) == loaded(1, remark=f"1 message {LIMITED}")
     kept = {name: fields[name] for name in ("sender", "recipient", "meta", "num_attempts")}
     named = {"id": ID, "domain": "bücher.example", "queue": "spring:acme@bücher.example", "size": 28}
     times = {"created": pytest.approx(1678065214.31018, abs=1e-5), "due": 1754049600.5, "leased_until": 0}
@@ -152,6 +153,22 @@ def test_messages_without_content_and_discarded_ones_are_counted(load: Load, url
     texts = [line("a"), line("b", data=...), line("c", data=..., meta={"queue": "null"}), line("d", recipient="x@NULL")]
     assert load("".join(texts)) == loaded(2, "1 of them without content, 2 discarded")
     assert ids(url) == ["a", "b"]
+
+
+REMARKS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "five of 10,000": (queue_answer(*map(answer, "abcde")) | {"num_scheduled": 10_000}, 5, f"9995 messages {MISSING}"),
+    "none of one": (queue_answer() | {"num_scheduled": 1}, 0, f"1 message {MISSING}"),
+    "fewer counted than printed": (queue_answer(answer()) | {"num_scheduled": 0}, 1, ""),
+    "content that was not UTF-8": (answer(data="Gr\ufffd\ufffde"), 1, f"1 message {DAMAGED}"),
+    "an expiry": (answer(scheduling={"expires": "2026-11-28T10:00:00Z"}), 1, f"1 message {LIMITED}"),
+    "no limits": (answer(scheduling={"first_attempt": "2026-11-28T10:00:00Z", "expires": None}), 1, ""),
+}
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize(("printed", "count", "remark"), REMARKS.values(), ids=REMARKS)
+def test_what_is_not_as_it_was_in_kumomta_is_counted(load: Load, printed: Any, count: int, remark: str) -> None:
+    assert load(json.dumps(printed)) == loaded(count, remark=remark)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from terminal import Flask
 
 import deliverylog
 from delivery import Outcome, claim, settle
+from deliverylog import response
 from message import Message
 from queues import QueueRegistry
 from store import StoreRefused
 
 IDS = ["first", "odd", "last"]
-OK = {"response": {"code": 250}}
+OK = {"response": response(250, "OK")}
 ODD: list[Any] = []
 
 

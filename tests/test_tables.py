@@ -15,6 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 import deliverylog
+from history import NODEID
 from queues import QueueRegistry
 from tables import FIRST_SECOND, LAST_SECOND, MAX_NAME
 
@@ -40,6 +41,7 @@ ROWS = {
         "created": "1",
         "num_attempts": "0",
         "event_time": "2",
+        "nodeid": "'01A21189-0776-707d-8281-0c4c8ce1a443'",
         "meta": "'{}'",
     },
     "rebinds": {
@@ -61,6 +63,10 @@ LONGEST = f"'{'é' * (MAX_NAME // 2)}'"
 TOO_LONG = f"'{'é' * (MAX_NAME // 2)}x'"
 TIMES = [("messages", "created"), ("messages", "due"), ("messages", "leased_until")]
 TIMES += [("log", "created"), ("log", "event_time"), ("rebinds", "event_time")]
+
+NO_UUIDS = ["NULL", "''", "'mx1'", "'01a211890776707d82810c4c8ce1a443'", "'x1a21189-0776-707d-8281-0c4c8ce1a443'"]
+NO_RESPONSES = ["null", '"250 OK"', '{"code": 250}', '{"content": "OK"}', '{"code": 250, "content": null}']
+NO_RESPONSES += [f'{{"code": {code}, "content": "OK"}}' for code in ('"250"', "250.5", "-1", "65536", "null")]
 
 SQL = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "tables.md").read_text(), re.DOTALL)
 # The statements of the page, without their comments.
@@ -106,14 +112,15 @@ def test_a_worker_needs_only_the_statements_of_the_page(queues: QueueRegistry, u
     assert run(url, claim, queue="example.com", now=now) == []
 
     delivery = ADDRESSES | {"id": "m1", "queue": "example.com", "meta": "{}", "size": 5, "created": 1e9}
-    delivery |= {"num_attempts": 0, "now": now, "nodeid": "n", "details": '{"response": {"code": 250}}'}
+    said = {"code": 250, "enhanced_code": None, "content": "OK", "command": None}
+    delivery |= {"num_attempts": 0, "now": now, "nodeid": NODEID, "details": json.dumps({"response": said})}
     assert run(url, remove, record, **delivery) == [1]
-    assert [(one["type"], one["id"], one["response"]) for one in logged(url)] == [("Delivery", "m1", {"code": 250})]
+    assert [(one["type"], one["id"], one["response"]) for one in logged(url)] == [("Delivery", "m1", said)]
     assert (run(url, remove, id="m1"), {*contents(url)}) == ([0], {"m2", "m3"})
 
     run(url, try_later, id="m2", due=1e9, lease=lease, later=later)
-    said = ("due", "num_attempts", "leased_until")
-    assert [tuple(row[name] for name in said) for row in stored(url)] == [(later, 1, 0.0), (1e9, 0, lease)]
+    names = ("due", "num_attempts", "leased_until")
+    assert [tuple(row[name] for name in names) for row in stored(url)] == [(later, 1, 0.0), (1e9, 0, lease)]
     assert ask(queues, {"queue": "x"}).moved == 2
     before = stored(url)[1]
     run(url, try_later, id="m3", due=1e9, lease=lease, later=later)
@@ -141,6 +148,9 @@ def insertion(table: str, column: str, value: str) -> str:
         ("messages", "size", "-1", "counts_are_not_negative"),
         ("messages", "num_attempts", "-1", "counts_are_not_negative"),
         ("log", "event_time", "NULL", "event_time_or_rebind"),
+        ("log", "type", "'Delivered'", "type_is_known"),
+        *(("log", "nodeid", nodeid, "nodeid_is_uuid_or_rebind") for nodeid in NO_UUIDS),
+        *(("log", "details", f"'{{\"response\": {response}}}'", "response_is_readable") for response in NO_RESPONSES),
         *((*time, str(FIRST_SECOND - 1), f"{time[1]}_is_a_time") for time in TIMES),
         *((*time, str(LAST_SECOND + 1), f"{time[1]}_is_a_time") for time in TIMES),
     ],
