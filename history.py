@@ -58,7 +58,7 @@ def keep(db: sa.Connection, request: RebindRequest, result: RebindResult, now: f
     done = {name: getattr(result, name) for name in ("rebind_id", "matched", "moved", "flushed")}
     its_records = {"event_time": now, "nodeid": NODEID, "first_key": keys[0], "last_key": keys[1]}
     row = asked | done | its_records | {"request": request.asked(), "left_alone": result.left}
-    db.execute(sa.insert(rebinds).values(row))
+    db.execute(sa.insert(rebinds), row)
 
 
 def rebinds_done(database: Database, since: float | None = None, limit: int | None = None) -> list[dict[str, Any]]:

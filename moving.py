@@ -67,6 +67,11 @@ class Selection:
     at_most: int | None = None  # how many there can be, if that is known
     are_most: bool = False  # SQLite: they are most of all messages, which its planner does not know
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is known before they are looked for that there are none."""
+        return isinstance(self.where, sa.False_)
+
     def select(self, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
         """These columns of each."""
         source: sa.FromClause = messages.join(log, messages.c.id == log.c.id) if self.of_records else messages

@@ -8,7 +8,8 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -107,12 +108,7 @@ class QueueRegistry:
                 return earlier
             now, first_key = backend.now(db), backend.last_key(db) + 1
             work = _work(backend, db, request, now)
-            if isinstance(work.change, Decider):
-                backend.update_each(db, work.selection, work.change, recorded)
-                done = Plan.of(work.change.pairs)
-                matched, moved = done.matched, done.moved
-            else:
-                matched, moved = backend.update_all(db, work.selection, work.change, recorded)
+            matched, moved = _change(backend, db, work, recorded)
             left = work.undo.count_left(db) if work.undo else None
             result = RebindResult(matched, moved, _flushed(request, matched, moved), left, rebind_id)
             history.keep(db, request, result, now, (first_key, backend.last_key(db)))
@@ -123,13 +119,7 @@ class QueueRegistry:
         backend = self.database.backend
         with self.database.begin_read() as db:
             work = _work(backend, db, request, backend.now(db))
-            if isinstance(work.change, Decider):
-                with closing(backend.rows(db, work.selection)) as rows:
-                    for row in rows:
-                        work.change(row)
-                pairs: Mapping[tuple[str, str], int] = work.change.pairs
-            else:
-                pairs = _pairs(db, work.selection, work.change)
+            pairs = _pairs(backend, db, work)
             left = work.undo.count_left(db) if work.undo else None
         if any(len(to.encode("utf-8", "surrogatepass")) > MAX_NAME for _, to in pairs):
             raise StoreRefused(TOO_LONG)
@@ -189,12 +179,8 @@ class QueueRegistry:
         self, db: sa.Connection, now: float, after: str | None, last: str | None, limit: int | None
     ) -> list[str]:
         """The first queues, by name, of which a message can be claimed now: after this one, and up to the last one."""
-        names = _queue_names(after, last)
-        has_work = sa.select(messages.c.id).where(messages.c.queue == names.c.queue, claimable(now)).exists()
-        found = sa.select(names.c.queue).where(names.c.queue.is_not(None), has_work)
-        if last is not None:
-            found = found.where(names.c.queue <= last)
-        return list(db.scalars(found.limit(limit)))
+        statement = _due_queues(after is not None, last is not None, limit is not None)
+        return list(db.scalars(statement, {"now": now, "after": after, "last": last, "limit": limit}))
 
 
 def _backend(url: str) -> Backend:
@@ -208,26 +194,41 @@ def _backend(url: str) -> Backend:
     return BACKENDS[name]
 
 
-def claimable(now: float) -> sa.ColumnElement[bool]:
+def claimable(now: Any) -> sa.ColumnElement[bool]:
     """Whether a message is due, and no worker holds it."""
     return sa.and_(messages.c.due <= now, messages.c.leased_until <= now)
 
 
-def _queue_names(after: str | None = None, last: str | None = None) -> sa.CTE:
-    """The queues' names after this one, each found from the one before; NULL or one beyond `last` may be at the end."""
+@cache
+def _queue_names(after: bool = False, last: bool = False) -> sa.CTE:
+    """The queues' names, each found from the one before; NULL may be at the end.
+
+    after, last: whether they begin after the name `:after`, and end with `:last` or one beyond it.
+    """
     first = sa.select(sa.func.min(messages.c.queue).label("queue"))
-    if after is not None:
-        first = first.where(messages.c.queue > after)
+    if after:
+        first = first.where(messages.c.queue > sa.bindparam("after"))
     names = first.cte("names", recursive=True)
     following = sa.select(messages.c.queue).where(messages.c.queue > names.c.queue).order_by(messages.c.queue).limit(1)
-    goes_on = names.c.queue.is_not(None) if last is None else names.c.queue < last
+    goes_on = names.c.queue < sa.bindparam("last") if last else names.c.queue.is_not(None)
     return names.union_all(sa.select(following.scalar_subquery()).where(goes_on))
+
+
+@cache
+def _due_queues(after: bool, last: bool, limit: bool) -> sa.Select[Any]:
+    names = _queue_names(after, last)
+    now = sa.bindparam("now", type_=sa.Double)
+    has_work = sa.select(messages.c.id).where(messages.c.queue == names.c.queue, claimable(now)).exists()
+    found = sa.select(names.c.queue).where(names.c.queue.is_not(None), has_work)
+    if last:
+        found = found.where(names.c.queue <= sa.bindparam("last"))
+    return found.limit(sa.bindparam("limit", type_=sa.Integer)) if limit else found
 
 
 def matching_queues(db: sa.Connection, criteria: Criteria) -> list[str]:
     """The names of the queues that match."""
     names = _queue_names().c.queue
-    found = criteria.queue or db.scalars(sa.select(names).where(names.is_not(None)))
+    found = criteria.queue or db.scalars(sa.select(names).where(names.is_not(None))).all()
     return [name for name in found if criteria.match(name)]
 
 
@@ -235,7 +236,8 @@ def _matching(backend: Backend, db: sa.Connection, criteria: Criteria) -> sa.Col
     """Whether a message matches."""
     matching: sa.ColumnElement[bool] = sa.true()
     if not criteria.every_queue:
-        matching = backend.among(messages.c.queue, matching_queues(db, criteria))
+        names = matching_queues(db, criteria)
+        matching = backend.among(messages.c.queue, names) if names else sa.false()
     return matching & backend.among(messages.c.id, criteria.id) if criteria.id else matching
 
 
@@ -252,15 +254,27 @@ def _work(backend: Backend, db: sa.Connection, request: RebindRequest, now: floa
     if request.undo is not None:
         undo = history.undo(backend, db, request, now)
         found = Selection(matching & undo.matching, request.limit, of_records=True, at_most=undo.rebind.matched)
-        return Work(backend.sized(db, found), undo.new, undo)
-    at_most = len(request.criteria.id) or None
+        return Work(found, undo.new, undo)
+    selection = Selection(matching, request.limit, at_most=len(request.criteria.id) or None)
     if request.trigger_rebind_event:
-        decider = Decider(request, now)
-        return Work(backend.sized(db, Selection(matching, request.limit, at_most=at_most)), decider)
+        return Work(selection, Decider(request, now))
     new = _new_state(backend, request, now)
     if request.limit is not None and new.renames:
-        matching &= messages.c.queue != new.values["queue"]  # so that the same request moves the next ones
-    return Work(backend.sized(db, Selection(matching, request.limit, at_most=at_most)), new)
+        # So the same request moves the next ones.
+        selection = replace(selection, where=matching & (messages.c.queue != new.values["queue"]))
+    return Work(selection, new)
+
+
+def _change(backend: Backend, db: sa.Connection, work: Work, rebind_id: str | None) -> tuple[int, int]:
+    """Do the work. Returns how many messages matched, and how many of them moved."""
+    if work.selection.is_empty:
+        return 0, 0
+    selection = backend.sized(db, work.selection)
+    if not isinstance(work.change, Decider):
+        return backend.update_all(db, selection, work.change, rebind_id)
+    backend.update_each(db, selection, work.change, rebind_id)
+    done = Plan.of(work.change.pairs)
+    return done.matched, done.moved
 
 
 def _new_state(backend: Backend, request: RebindRequest, now: float) -> NewState:
@@ -276,9 +290,17 @@ def _new_state(backend: Backend, request: RebindRequest, now: float) -> NewState
     return NewState(values, renames, due_if_moved=not request.always_flush)
 
 
-def _pairs(db: sa.Connection, selection: Selection, new: NewState) -> dict[tuple[str, str], int]:
-    """How many messages there are of each pair of queues, the old and the new one."""
-    to = new.values.get("queue", messages.c.queue)
+def _pairs(backend: Backend, db: sa.Connection, work: Work) -> Mapping[tuple[str, str], int]:
+    """How many messages there would be of each pair of queues, the old and the new one."""
+    if work.selection.is_empty:
+        return {}
+    selection = backend.sized(db, work.selection)
+    if isinstance(work.change, Decider):
+        with closing(backend.rows(db, selection)) as rows:
+            for row in rows:
+                work.change(row)
+        return work.change.pairs
+    to = work.change.values.get("queue", messages.c.queue)
     # OFFSET 0 keeps the planner from evaluating the new name at each place that uses it.
     each = selection.select(messages.c.queue, to.label("to")).offset(sa.literal_column("0")).subquery()
     counts = sa.select(each.c.queue, each.c.to, sa.func.count()).group_by(each.c.queue, each.c.to)

@@ -126,7 +126,7 @@ def _checkpoint(file: StoreFile, connection: Any, record: Any) -> None:
     """After a large rebind, write the -wal into the file in a thread of its own: the answer comes a fifth earlier."""
     if not record.info.pop("checkpoint", False):
         return
-    connection.execute("PRAGMA wal_autocheckpoint = 1000")  # pages, as usual: `sized` set it to 0
+    connection.execute("PRAGMA wal_autocheckpoint = 1000")  # pages, as usual: `_change` set it to 0
 
     def checkpoint() -> None:  # a passive one waits for nobody, and nobody for it; if it fails, a later one does it
         with suppress(sqlite3.Error, StoreUnavailable), closing(file.connect()) as own:
@@ -241,11 +241,10 @@ def take_turn(db: sa.Connection) -> None:
 def sized(db: sa.Connection, selection: Selection) -> Selection:
     matched = _count(db, selection.select(_rowid)) if selection.at_most is None else selection.at_most
     matched = min(matched, selection.limit or matched)
-    if matched >= MANY:
-        db.execute(sa.text("PRAGMA wal_autocheckpoint = 0"))
-        db.info["checkpoint"] = True
     half = sa.select(_rowid).select_from(messages).limit(2 * matched)
-    return replace(selection, are_most=_count(db, half) < 2 * matched)
+    everything = isinstance(selection.where, sa.True_) and selection.limit is None
+    are_most = everything or _count(db, half) < 2 * matched
+    return replace(selection, at_most=matched, are_most=are_most)
 
 
 def _count(db: sa.Connection, found: sa.Select[Any]) -> int:
@@ -314,6 +313,9 @@ def _change(
     db: sa.Connection, selection: Selection, values: Mapping[str, Any], rebind_id: str | None, news: Iterable[str]
 ) -> int:
     """Set these columns of the messages, and write a record of each unless `rebind_id` is None: how many."""
+    if (selection.at_most or 0) >= MANY:
+        db.execute(sa.text("PRAGMA wal_autocheckpoint = 0"))
+        db.info["checkpoint"] = True
     with _recorded(db, values, rebind_id, news), _index_rebuilt(db, selection, values):
         changed: sa.CursorResult[Any] = db.execute(_update(selection, values))
     return changed.rowcount

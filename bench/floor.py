@@ -22,7 +22,7 @@ INDEX = "CREATE INDEX messages_queue_due ON messages (queue, due)"
 NAMES = """WITH RECURSIVE names (queue) AS (SELECT min(queue) FROM messages UNION ALL
     SELECT (SELECT min(queue) FROM messages WHERE queue > names.queue) FROM names WHERE names.queue IS NOT NULL)
     SELECT queue FROM names WHERE queue IS NOT NULL"""
-BEFORE = ("id", "sender", "recipient", "size", "created", "num_attempts", "meta")
+BEFORE = ("id", "sender", "recipient", "size", "created", "num_attempts", "meta", "domain", "due")
 LOG = f"INSERT INTO log (type, rebind_id, queue, old_queue, {', '.join(BEFORE)})"
 HISTORY = """INSERT INTO rebinds (rebind_id, event_time, actor, nodeid, reason, request, idempotency_key, matched,
     moved, flushed, first_key, last_key) VALUES ({0}, {0}, '127.0.0.1', {0}, {0}, {0}, {0}, {0}, {0}, {0}, {0}, {0})"""

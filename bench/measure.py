@@ -187,8 +187,8 @@ def outcome(url: str) -> list[Any]:
         "SELECT count(*) FROM messages WHERE due > 1750000000",  # those that were made due now
         f"SELECT count(*), count(DISTINCT rebind_id), sum(length(queue)), sum(length(old_queue)), {meta} FROM log",
         "SELECT sum(length(id || sender || recipient || type)), sum(size), sum(round(created)) FROM log",
-        "SELECT sum(num_attempts) FROM log",
-        "SELECT count(changes), count(event_time), count(nodeid), count(details) FROM log",
+        "SELECT sum(num_attempts), count(domain), sum(round(due)), count(new_meta), count(new_due) FROM log",
+        "SELECT count(event_time), count(nodeid), count(details) FROM log",
         "SELECT count(*), count(idempotency_key), sum(matched), sum(moved), sum(flushed), count(left_alone), "
         "sum(last_key - first_key), min(reason), max(reason) FROM rebinds",
     )
