@@ -1,8 +1,10 @@
 """The pages: their commands print what they say, and all that can be said to the service is on one of them."""
 
 import getpass
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from click import Command
 from databases import POSTGRESQL_BIN, empty, engine_for, new_database, run_sql
+from factories import ask, message
 from flask import Flask
 from services import ROOT, Start, installed
 from sqlalchemy import make_url, select
@@ -19,7 +22,9 @@ from terminal import PROGRAM
 from test_openapi import RESPONSES
 
 import cli
+import deliverylog
 from app import SETTINGS
+from queues import QueueRegistry
 from schemas import RebindQuerySchema, RebindRequestSchema
 from tables import metadata
 
@@ -129,6 +134,22 @@ def test_every_command_prints_what_the_document_says(
     printed = run_all([command for command, _ in documented], here, tmp_path, {"rebind": flask, "flask": flask})
     wrong = [(*one, out) for one, out in zip(documented, printed, strict=True) if not says(one[1], out)]
     assert wrong == []
+
+
+@pytest.mark.sqlite
+def test_the_log_is_written_as_a_segment_that_kumomtas_readers_take_as_finished(
+    queues: QueueRegistry, url: str, tmp_path: Path
+) -> None:
+    """They wait at a file that is not read-only. Without zstd, another program takes its place."""
+    queues.load([message()])
+    ask(queues)
+    recipe = [one for one, _ in blocks((ROOT / "docs" / "kumomta.md").read_text()) if "$file" in one or "file=" in one]
+    flask = f'cd {ROOT}; exec {sys.executable} -m flask "$@"'
+    programs = {"flask": flask} | ({} if shutil.which("zstd") else {"zstd": "exec cat"})
+    commands = ["last_key=0", *recipe, 'zstd -dc < "$file"', 'stat -c %A "$file"']
+    *_, log, mode = run_all(commands, {"/var/log/rebind": str(tmp_path)}, tmp_path, programs, REBIND_DATABASE_URL=url)
+    assert [json.loads(line) for line in log.splitlines()] == list(deliverylog.records(queues.database))
+    assert "w" not in mode
 
 
 @pytest.mark.slow
