@@ -145,7 +145,10 @@ def restored(row: Row, before: Row, after: Row) -> Row:
 
 def named(row: Row, new: Row) -> Row:
     """A message's new state with the domain and the queue that follow from it."""
-    recipient = new["recipient"][0] if len(new["recipient"]) == 1 else new["recipient"]
+    recipient = new["recipient"]
+    if recipient != row["recipient"]:  # the event has set it: a list
+        recipient = [f"{address.split('@')[0]}@{domain_of(address)}" for address in recipient]
+        recipient = recipient[0] if len(recipient) == 1 else recipient
     domain = row["domain"] if recipient == row["recipient"] else domain_of(recipient)
     return new | {"recipient": recipient, "domain": domain, "queue": name(new["meta"], domain)}
 
