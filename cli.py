@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
 from itertools import chain, count
 from operator import attrgetter
@@ -31,6 +30,7 @@ from flask import Flask
 from marshmallow import ValidationError
 
 import event
+import schemas
 from deliverylog import LogFilter, records
 from deliverylog import prune as prune_log
 from display import UNITS, age, counted, on_terminal, print_lines, print_table
@@ -41,17 +41,6 @@ from moving import batches
 from names import EVERYTHING, NAMING_KEYS, Criteria, QueueName, state_of
 from queues import DuplicateMessage, QueueSummary, registry
 from rebinding import RebindRequest, RebindResult, printable
-from schemas import (
-    MAX_LIMIT,
-    NotJSON,
-    RebindQuerySchema,
-    idempotency_key,
-    in_a_line,
-    parse_json,
-    rebind_query,
-    rebind_request,
-    seconds,
-)
 from store import StoreError
 
 VERSION: str = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text("utf-8"))["project"]["version"]
@@ -63,11 +52,11 @@ def time_of(text: str) -> float:
         return time.time() - int(ago[1]) * UNITS[ago[2]]
     for rest in ("", "Z", "T00:00:00Z"):
         with suppress(ValidationError):
-            return seconds(text + rest)
+            return schemas.seconds(text + rest)
     raise click.BadParameter(f"{text!r} is not a time such as 2026-11-25, 2026-11-25T03:00:00Z, or 30d for 30 days ago")
 
 
-LIMIT = click.IntRange(1, MAX_LIMIT)
+LIMIT = click.IntRange(1, schemas.MAX_LIMIT)
 KEY = click.IntRange(0, 2**63 - 1)  # the last that both engines can give to a record
 SORT: dict[str, Callable[[QueueSummary], Any]] = {
     "name": attrgetter("queue"),
@@ -191,25 +180,14 @@ def say_missing(ids: tuple[str, ...], limit: int | None, found: int) -> None:
 @click.option("--undo", metavar="REBIND_ID", help="Take back what this rebind did.")
 @click.option("--idempotency-key", "key", metavar="KEY", help="If done before with this key, only repeat its answer.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and change nothing.")
-def rebind(everything: bool, data: str, sets: tuple[str, ...], key: str | None, **fields: Any) -> None:
+def rebind(everything: bool, **options: Any) -> None:
     """Move messages into other queues, as POST /api/admin/rebind/v1 does, but on the database itself."""
-    if not all(each.find("=") > 0 for each in sets):
-        raise click.UsageError("--set needs KEY=VALUE")
-    query = {name: fields.pop(name) for name in RebindQuerySchema().fields}
-    query["dry_run"] = str(query["dry_run"]).lower()
-    parameters = {
-        name: [*value] if isinstance(value, tuple) else [value] for name, value in query.items() if value is not None
-    }
     try:
-        values = parse_json(os.fsencode(data))
-        if isinstance(values, dict):
-            values |= dict(each.split("=", 1) for each in sets)
-        parsed_key = idempotency_key(None if key is None else json.dumps(key))
-        request = rebind_request(fields | {"data": values}, rebind_query(parameters), parsed_key, login())
-    except NotJSON as error:
+        request = request_of(options)
+    except schemas.NotJSON as error:
         raise click.UsageError(f"--data is not valid JSON: {error}") from error
     except ValidationError as error:
-        raise click.UsageError(in_a_line(error.messages)) from error
+        raise click.UsageError(schemas.in_a_line(error.messages)) from error
     if request.criteria == EVERYTHING and not everything and request.undo is None:
         raise click.UsageError("give a criterion, or --everything for all queues")
     result = rebound(request)
@@ -220,10 +198,32 @@ def rebind(everything: bool, data: str, sets: tuple[str, ...], key: str | None, 
             click.echo(f"and {counted(result.plan.more, 'more pair')} of queues")
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
     say_missing(request.criteria.id, request.limit, result.matched)
-    for key in request.data:
+    for key in request.data if result.matched and not result.moved else ():
         meant = get_close_matches(key, NAMING_KEYS, n=1, cutoff=0.8)
-        if result.matched and not result.moved and meant and meant[0] != key:
+        if meant and meant[0] != key:
             click.echo(f"nothing moved; is {printable(key)} misspelt for {meant[0]}?", err=True)
+
+
+def request_of(options: dict[str, Any]) -> RebindRequest:
+    """What these options of `flask rebind` ask for. Raises UsageError, NotJSON and ValidationError."""
+    key, data = options.pop("key"), schemas.parse_json(os.fsencode(options.pop("data")))
+    set_one_by_one = dict(map(key_and_value, options.pop("sets")))
+    query = {name: options.pop(name) for name in schemas.RebindQuerySchema().fields}
+    query["dry_run"] = str(query["dry_run"]).lower()
+    given = {
+        name: [*value] if isinstance(value, tuple) else [value] for name, value in query.items() if value is not None
+    }
+    body = options | {"data": data | set_one_by_one if isinstance(data, dict) else data}
+    parsed_key = schemas.idempotency_key(None if key is None else json.dumps(key))
+    return schemas.rebind_request(body, schemas.rebind_query(given), parsed_key, login())
+
+
+def key_and_value(text: str) -> tuple[str, str]:
+    """What --set sets: blanks around both are removed, as kcli does. Raises UsageError."""
+    key, equals, value = map(str.strip, text.partition("="))
+    if not (key and equals):
+        raise click.UsageError("--set needs KEY=VALUE")
+    return key, value
 
 
 def rebound(request: RebindRequest) -> RebindResult:
@@ -338,7 +338,7 @@ def history(since: float | None, limit: int | None, as_json: bool) -> None:
 
 def as_options(asked: dict[str, Any]) -> str:
     """What was asked, except the reason, as options of `flask rebind`. Of several ids, it shows how many they are."""
-    has_criteria = asked.keys() & {"undo", *(field.name for field in dataclass_fields(Criteria))}
+    has_criteria = asked.keys() & {"undo", *vars(EVERYTHING)}
     words = [] if has_criteria else ["--everything"]
     for name in sorted(asked.keys() - {"reason"}):
         option, given = f"--{name.replace('_', '-')}", asked[name]

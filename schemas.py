@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields as dataclass_fields
 from datetime import datetime
 from functools import partial
 from itertools import chain
@@ -14,7 +13,7 @@ from marshmallow import Schema, ValidationError, fields, validate, validates_sch
 from marshmallow.exceptions import SCHEMA
 
 from message import check_text, finite
-from names import NAMING_KEYS, Criteria
+from names import EVERYTHING, NAMING_KEYS, Criteria
 from rebinding import RebindRequest, printable
 from tables import FIRST_SECOND, LAST_SECOND
 
@@ -237,7 +236,7 @@ def idempotency_key(header: str | None) -> str | None:
 def rebind_request(body: Any, query: dict[str, Any], key: str | None, actor: str) -> RebindRequest:
     """What is asked for. Raises ValidationError for the body, and QueryError for a parameter that conflicts with it."""
     given = _body.load(body) | query
-    criteria = Criteria(**{field.name: given.pop(field.name) for field in dataclass_fields(Criteria)})
+    criteria = Criteria(**{name: given.pop(name) for name in vars(EVERYTHING)})
     request = RebindRequest(**given, criteria=criteria, idempotency_key=key, actor=actor)
     if conflicts := dict(_conflicts(request)):
         raise QueryError(conflicts)

@@ -75,7 +75,7 @@ def test_rebind_takes_what_the_endpoint_takes(flask: Flask, queues: QueueRegistr
     queues.load([message(meta=SPRING | {"routing_domain": "relay.example", "old": "x"}), message()])
     criteria = SPRING | {"domain": "EXAMPLE.com", "routing_domain": "relay.example"}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in criteria.items()]
-    options += ["--data", '{"a": "1", "b": "2"}', "--set", "b=3=4", "--reason", "why not", "--unset", "old"]
+    options += ["--data", '{"a": "1", "b": "2"}', "--set", " b = 3=4 ", "--reason", "why not", "--unset", "old"]
     flags = ["--limit", "5", "--always-flush", "--suppress-logging", "--idempotency-key", "k"]
     assert done(flask("rebind", *options, *flags))[:3] == (1, 0, 1)
     (row,) = history(url)
@@ -101,7 +101,7 @@ def test_rebind_calls_the_event(flask: Flask, queues: QueueRegistry, url: str) -
 WRONG_OPTIONS = {
     "": "give a criterion, or --everything for all queues",
     "--everything --set x": "--set needs KEY=VALUE",
-    "--everything --set =x": "--set needs KEY=VALUE",
+    "--everything --set \t=x": "--set needs KEY=VALUE",
     "--everything --data []": "data: Not a valid mapping type.",
     "--everything --data=": "--data is not valid JSON: Expecting value: line 1 column 1 (char 0)",
     '--everything --data {"a":1}': "data.a.value: Not a valid string.",
