@@ -1,10 +1,8 @@
 """The `rebind` event: its handlers, the site's policy file that connects them, and what they make of each message."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
+from runpy import run_path
 from threading import current_thread, main_thread
 from typing import TypeVar
 
@@ -47,13 +45,8 @@ rebind = RebindEvent()
 
 def load_policy(path: str) -> None:
     """Run the site's Python file at `path`, which connects its handlers. Raises PolicyError, with the reason."""
-    spec = spec_from_file_location("rebind_policy", Path(path).absolute())
-    if spec is None or spec.loader is None:
-        raise PolicyError(f"the policy {path} is not a Python file (*.py)")
-    module = module_from_spec(spec)
-    sys.modules["rebind_policy"] = module
     try:
-        spec.loader.exec_module(module)
+        run_path(path, run_name="rebind_policy")
     except (Exception, SystemExit) as error:
         raise PolicyError(f"the policy {path} cannot be loaded: {type(error).__name__}: {error}") from error
 

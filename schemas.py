@@ -138,19 +138,14 @@ def _by_field(errors: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
         yield ": ".join(filter(None, (".".join(path), " ".join(errors))))
 
 
-def checked(check: Any, field: str = SCHEMA) -> Any:
-    """A validator of marshmallow's that calls `check`. In a schema's own validator, it is for this field."""
-
-    def validator(value: Any) -> None:
-        try:
-            check(value)
-        except ValueError as error:
-            raise ValidationError(str(error), field) from None
-
-    return validator
+def _can_be_stored(value: str) -> None:
+    try:
+        check_text(value)
+    except ValueError as error:
+        raise ValidationError(str(error)) from None
 
 
-text = partial(fields.String, validate=checked(check_text))  # that both databases can hold
+text = partial(fields.String, validate=_can_be_stored)
 
 
 class StrictBoolean(fields.Boolean):
