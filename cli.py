@@ -285,7 +285,7 @@ def messages(limit: int | None, content: bool, **criteria: Any) -> None:
 
     found = print_lines(readable())
     say_missing(criteria["id"], limit, found + unreadable)
-    sys.exit(unreadable)
+    sys.exit(min(unreadable, 1))
 
 
 @click.command(cls=StoreCommand)

@@ -172,6 +172,15 @@ def test_an_odd_row_does_not_hide_the_others(
     way(Store(queues, flask, url, columns, readable))
 
 
+def test_the_exit_status_does_not_depend_on_how_many_messages_cannot_be_read(
+    queues: QueueRegistry, flask: Flask, url: str
+) -> None:
+    queues.load([message(), message()])
+    run_sql(url, "UPDATE messages SET recipient = '[5]'")
+    status, output, error = flask("messages")
+    assert (status, output, error.count("cannot be read")) == (1, "", 2)
+
+
 @pytest.mark.parametrize(
     ("became", "left"),
     [('["bob@example.com", 5]', '["bob@example.com", 5]'), ('["ada@example.com", "postmaster"]', "postmaster")],

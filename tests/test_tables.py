@@ -208,6 +208,7 @@ def test_a_row_that_is_just_within_the_limits_is_taken(
         pytest.param("meta", f'{{"n": {"[" * 3000}{"]" * 3000}}}', None, id="levels"),
         pytest.param("meta", '{"n": 1e400}', None, id="more than a double", marks=pytest.mark.sqlite),
         pytest.param("meta", '\n {"n": 1}', {"n": 1}, id="white space"),
+        pytest.param("meta", f'{{"n": {10**309}}}', {"n": 10**309}, id="more than KumoMTA's reader takes"),
         pytest.param("details", f'{{"site": {"1" * 5000}}}', {}, id="details of digits"),
         pytest.param("details", "[1]", {}, id="details that are a list"),
     ],
