@@ -159,7 +159,7 @@ def check_text(value: Any) -> None:
     if "\0" in value:
         raise ValueError("a string must not contain NUL")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("a string must not contain a lone surrogate")
+        raise ValueError("a string must be text that UTF-8 can express")
 
 
 def check_json(value: Any, depth: int = 0) -> None:

@@ -105,7 +105,7 @@ WRONG_OPTIONS = {
     "--everything --data []": "data: Not a valid mapping type.",
     "--everything --data=": "--data is not valid JSON: Expecting value: line 1 column 1 (char 0)",
     '--everything --data {"a":1}': "data.a.value: Not a valid string.",
-    "--tenant \udcff": "tenant: a string must not contain a lone surrogate",
+    "--tenant \udcff": "tenant: a string must be text that UTF-8 can express",
     "--undo x --set a=1": "undo: data must be {}, and undo cannot be combined with unset or trigger_rebind_event.",
     "--tenant x --idempotency-key=": (
         'Idempotency-Key: Not a string in quotes, such as "8e03978e", of 1 to 255 characters.'

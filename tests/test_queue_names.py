@@ -105,7 +105,7 @@ def test_the_domain_is_the_first_recipients_in_lower_case(recipient: str | list[
     ids=ascii,
 )
 def test_a_recipient_that_is_not_an_address_is_refused(recipient: str | list[str]) -> None:
-    with pytest.raises(ValueError, match=r"is not an address|no recipient|must not contain"):
+    with pytest.raises(ValueError, match=r"is not an address|no recipient|a string must "):
         domain_of(recipient)
 
 

@@ -145,7 +145,7 @@ DATA = {"reason": "r", "data": {}}
 NO_STRING, NO_BOOLEAN, NO_MAPPING = (["Not a valid string."], ["Not a valid boolean."], ["Not a valid mapping type."])
 NO_TIME, NO_YEAR = "Not a time of RFC 3339, such as 2026-11-24T10:00:00Z.", "Not in the years 1 to 9999."
 NULL, UNKNOWN, MISSING = ["Field may not be null."], ["Unknown field."], ["Missing data for required field."]
-NUL, SURROGATE = ["a string must not contain NUL"], ["a string must not contain a lone surrogate"]
+NUL, SURROGATE = ["a string must not contain NUL"], ["a string must be text that UTF-8 can express"]
 
 
 def errors(schema: Schema, value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from databases import contents, engine_for, logged, run_sql, stored
-from factories import ask
+from factories import ask, undo
 from services import ROOT
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -70,7 +70,9 @@ NO_RESPONSES += [f'{{"code": {code}, "content": "OK"}}' for code in ('"250"', "2
 
 SQL = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "tables.md").read_text(), re.DOTALL)
 # The statements of the page, without their comments.
-SENDER, WORKER = (re.sub("^--.*\n", "", block, flags=re.MULTILINE).strip("; \n").split(";") for block in SQL)
+LEFT_ALONE, SENDER, WORKER = (
+    re.sub("^--.*\n", "", block, flags=re.MULTILINE).strip("; \n").split(";") for block in SQL
+)
 
 
 def run(url: str, *statements: str, **parameters: Any) -> list[Any]:
@@ -125,6 +127,19 @@ def test_a_worker_needs_only_the_statements_of_the_page(queues: QueueRegistry, u
     before = stored(url)[1]
     run(url, try_later, id="m3", due=1e9, lease=lease, later=later)
     assert stored(url)[1] == before | {"num_attempts": 1, "leased_until": 0.0}
+
+
+def test_the_page_tells_which_messages_an_undo_left_alone_and_why(queues: QueueRegistry, url: str) -> None:
+    for id in ("back", "gone", "moved", "meta", "stays"):
+        send(url, id, "stays" if id == "stays" else "example.com")
+    first = ask(queues, {"queue": "stays"})
+    run_sql(url, "DELETE FROM messages WHERE id = 'gone'", "UPDATE messages SET queue = 'x' WHERE id = 'moved'")
+    run_sql(url, 'UPDATE messages SET meta = \'{"queue": "stays", "b": 1}\' WHERE id = \'meta\'')
+    back = undo(queues, first)
+    left = run(url, *LEFT_ALONE, rebind_id=first.rebind_id, undo_id=back.rebind_id)
+    why = {"gone": "gone", "moved": "moved on to x", "meta": "changed"}
+    assert {row["id"]: row["why"] for row in left} == why
+    assert len(why) == back.left
 
 
 def insertion(table: str, column: str, value: str) -> str:
