@@ -58,7 +58,7 @@ def _new_messages(document: Any, source: str, remarks: Counter[str]) -> Iterator
         message = answer["message"]
         data, scheduling = message.pop("data", b""), message.pop("scheduling", {})
         remarks[DAMAGED] += not data.isascii() and REPLACEMENT in data
-        remarks[LIMITED] += scheduling.get("limited", False)
+        remarks[LIMITED] += any(name in scheduling for name in LIMITS)
         message["content"] = message.pop("data_base64", data)
         message.setdefault("due", scheduling.get("first_attempt"))
         if "created" not in message:
@@ -71,7 +71,7 @@ Fields = Mapping[Any, tuple[type, Callable[[Any], Any]]]
 
 TYPES = {str: "string", int: "integer", list: "list", dict: "mapping type"}
 REQUIRED = ("id", "message", "messages", "sender", "recipient")
-NULLABLE = {"data", "data_base64", "due", "num_attempts", "scheduling", "first_attempt", "created", "domain", "queue"}
+NOT_NULL = {*REQUIRED, "meta"}
 
 
 def _object(given: Any, fields: Fields, others: bool = False) -> dict[Any, Any]:
@@ -89,7 +89,7 @@ def _object(given: Any, fields: Fields, others: bool = False) -> dict[Any, Any]:
             if not others:
                 wrong[name] = ["Unknown field."]
             continue
-        if value is None and name in NULLABLE:
+        if value is None and name not in NOT_NULL and isinstance(name, str):  # a member of a list has a number
             continue
         kind, read = fields[name]
         try:
@@ -132,18 +132,6 @@ def _check_id(id: str) -> None:
         raise ValueError(f"not 1 to {MAX_NAME} bytes long")
 
 
-def _check_sender(sender: str) -> None:
-    if sender:  # that of a bounce is empty
-        check_address(sender)
-
-
-def _scheduling(given: Any) -> dict[str, Any]:
-    """The first attempt, and whether there are other limits to the time of delivery."""
-    found = _object(given, {"first_attempt": (object, seconds)}, others=True)
-    limits = {name for name, value in given.items() if value is not None} - {"first_attempt"}
-    return found | {"limited": bool(limits)}
-
-
 INSPECTED_QUEUE: Fields = {"messages": (list, _answers), "num_scheduled": (int, int)}
 INSPECTED_MESSAGE: Fields = {"id": (str, _check_id), "message": (object, _message)}
 _answer = partial(_object, fields=INSPECTED_MESSAGE)
@@ -154,15 +142,20 @@ MESSAGE: Fields = {
     "data": (str, str.encode),
     "due": (object, seconds),
     "num_attempts": (int, validate.Range(0, MAX_ATTEMPTS)),
-    "scheduling": (object, _scheduling),
+    "scheduling": (object, lambda given: _object(given, SCHEDULING, others=True)),
     # What KumoMTA does not print, and `flask messages` does:
     "created": (object, seconds),
     "domain": (str, check_text),
     "queue": (str, check_text),
     "data_base64": (str, b64decode),
 }
-ADDRESSES: Fields = {"sender": (str, _check_sender), "recipient": (list, domain_of)}
-"""What names a message's queue if it has no `domain`: the first recipient's, if all are addresses."""
+LIMITS = ("expires", "dow", "tz", "start", "end")
+SCHEDULING: Fields = {"first_attempt": (object, seconds)} | dict.fromkeys(LIMITS, (object, lambda _: True))
+# If a message has no `domain`, that of its first recipient names its queue, and all must be addresses.
+ADDRESSES: Fields = {
+    "sender": (str, lambda sender: check_address(sender) if sender else None),  # that of a bounce is empty
+    "recipient": (list, domain_of),
+}
 
 
 def _created(id: str) -> float | None:
