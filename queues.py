@@ -27,6 +27,7 @@ from tables import MAX_NAME, TOO_LONG, contents, messages
 
 BACKENDS: dict[str, Backend] = {"sqlite": sqlite, "postgresql": postgresql}
 ATTEMPTS = 3  # per rebind: PostgreSQL may end ours if another transaction locks the same messages in another order
+UNKNOWN_SIZE = 2**16  # bytes that a content is taken to have if its sender did not say its size
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class QueueRegistry:
                 if not content:
                     yield from ((row, None) for row in rows)
                     return
-                for batch in batches(rows, lambda row: len(row.meta) + row.size):
+                for batch in batches(rows, lambda row: len(row.meta) + (row.size or UNKNOWN_SIZE)):
                     held = backend.contents_of(db, [row.id for row in batch])
                     yield from ((row, held.get(row.id)) for row in batch)
 

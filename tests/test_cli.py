@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from databases import run_sql
 from factories import ask, message
 from services import MIB, SITE_POLICY
 from terminal import Command, Flask, peak
@@ -125,6 +126,15 @@ def test_more_records_or_messages_need_no_more_memory(queues: QueueRegistry, url
     few = peak(url, command)
     add(10_000)
     assert peak(url, command) - few < 4 * 1024
+
+
+@pytest.mark.slow
+def test_large_contents_are_not_all_in_memory_at_once_though_their_sizes_are_not_known(
+    queues: QueueRegistry, url: str
+) -> None:
+    queues.load(message(content=b"x" * MIB) for _ in range(200))
+    run_sql(url, "UPDATE messages SET size = 0")
+    assert peak(url, "messages", "--content") < 200 * 1024
 
 
 @pytest.mark.slow
