@@ -95,6 +95,8 @@ def _new_meta(stored: str, read: dict[str, Any], meta: Any) -> str | None:
     if not new and len(meta) == len(read):
         return None
     check_json(new)
+    if read and len(meta) == len(read) + len(new):  # keys were added, and nothing else: the rest stays as it is written
+        return f"{stored.rstrip()[:-1]},{to_json(new)[1:]}"
     return to_json(meta)
 
 

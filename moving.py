@@ -50,6 +50,8 @@ class Update(NamedTuple):
     due: float  # in seconds since 1970
 
 
+UPDATED_COLUMNS = Update._fields[1:]
+
 # Columns of a record that say what the event or an undo made of its message, NULL for what it did not change.
 NEW_COLUMNS = ("new_sender", "new_recipient", "new_meta")
 NEW_OF_UNDO = (*NEW_COLUMNS, "new_due")

@@ -269,7 +269,7 @@ def _update_batch(rebind_id: str | None) -> sa.Update | sa.Insert:
         .table_valued(*(sa.column(name, sa.Text()) for name in moving.Update._fields))
         .render_derived(with_types=True)
     )
-    became = {name: sa.cast(each.c[name], messages.c[name].type) for name in moving.Update._fields[1:]}
+    became = {name: sa.cast(each.c[name], messages.c[name].type) for name in moving.UPDATED_COLUMNS}
     before = messages.alias("before")
     this = sa.literal_column("messages.ctid") == sa.literal_column("before.ctid")  # its row is locked, and stays there
     change = (

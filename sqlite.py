@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 import moving
 from message import to_json
-from moving import Decide, MessageRow, NewState, Selection
+from moving import Decide, MessageRow, NewState, Selection, Update
 from store import StoreDamaged, StoreRefused, StoreUnavailable, StoreUnusable
 from tables import TOO_LONG, log, messages, messages_queue_due
 
@@ -96,7 +96,7 @@ def _set_up(connection: Any, busy_timeout: float) -> None:
     connection.execute("PRAGMA page_size = 8192")  # bytes, of a new file; docs/experiments.md says why
     connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss, in WAL mode too
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.text_factory = _decoded
+    connection.text_factory = methodcaller("decode", "utf-8", "rebind.lenient")
     connection.create_function("plain_keys", 1, plain_keys, deterministic=True)
     with suppress(connection.OperationalError):  # another process turns it to WAL at the same moment
         connection.execute("PRAGMA journal_mode = WAL")
@@ -111,22 +111,13 @@ def _lenient(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 codecs.register_error("rebind.lenient", _lenient)
-_decoded = methodcaller("decode", "utf-8", "rebind.lenient")
-TEXTS = MessageRow._fields.index("size")  # columns of a message that are texts
-
-
-def _texts(values: Iterable[bytes]) -> list[Any]:
-    try:
-        return list(map(bytes.decode, values))
-    except UnicodeDecodeError:
-        return list(map(_decoded, values))
 
 
 def _checkpoint(file: StoreFile, connection: Any, record: Any) -> None:
     """After a large rebind, write the -wal into the file in a thread of its own: the answer comes a fifth earlier."""
     if not record.info.pop("checkpoint", False):
         return
-    connection.execute("PRAGMA wal_autocheckpoint = 1000")  # pages, as usual: `_change` set it to 0
+    connection.execute("PRAGMA wal_autocheckpoint = 1000")  # pages, as usual: `_in_bulk` set it to 0
 
     def checkpoint() -> None:  # a passive one waits for nobody, and nobody for it; if it fails, a later one does it
         with suppress(sqlite3.Error, StoreUnavailable), closing(file.connect()) as own:
@@ -262,63 +253,41 @@ def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id
         unmoved = {"queue", "due"} if new.due_if_moved else {"queue"}
         values = {name: value for name, value in values.items() if name not in unmoved}
     values = values or {"meta": messages.c.meta}  # each is written for its record
-    matched = _change(db, selection, values, rebind_id, moving.NEW_OF_UNDO if selection.of_records else ())
+    news = moving.NEW_OF_UNDO if selection.of_records else ()
+    with _recorded(db, values, rebind_id, news), _in_bulk(db, selection, values):
+        changed: sa.CursorResult[Any] = db.execute(_update(selection, values))
     if moved is None:
         moved = _count(db, sa.select(log.c.key).where(log.c.key > before, log.c.queue != log.c.old_queue))
-    return matched, moved
+    return changed.rowcount, moved
 
 
 def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_id: str | None) -> None:
-    with _decided(db, decide) as values:
-        _change(db, selection, values, rebind_id, moving.NEW_COLUMNS)
+    decided: dict[int, Update] = {}  # by rowid
+    values = _functions(db, decided)
+    rowids = sa.select(sa.func.json_each(sa.bindparam("rowids")).table_valued("value").c.value)
+    change = sa.update(messages).values(values).where(_rowid.in_(rowids))
+    # As they are stored, and decided at the start: one may move to a queue that is yet to be read.
+    found = sa.select(*moving.MESSAGE_COLUMNS, _rowid).where(_rowid.in_(selection.select(_rowid)))
+    with (
+        _recorded(db, values, rebind_id, moving.NEW_COLUMNS),
+        _in_bulk(db, selection, values),
+        closing(_read(db, found)) as read,  # a statement that is still open would keep the next rebind from the index
+    ):
+        each = ((row[-1], decide(MessageRow._make(row[:-1]))) for row in read)
+        for batch in moving.batches(each, lambda one: len(one[1].meta or "")):
+            decided.clear()
+            decided.update(batch)
+            db.execute(change, {"rowids": to_json([*decided])})
 
 
-@contextmanager
-def _decided(db: sa.Connection, decide: Decide) -> Iterator[Mapping[str, Any]]:
-    """The new values of a message's columns, as functions that SQLite calls while it changes the row.
-
-    SQLite computes them in the order of the table's columns: the first one decides, and the others give the rest.
-    """
+def _functions(db: sa.Connection, decided: Mapping[int, Update]) -> dict[str, Any]:
+    """The new values of a message's columns, which SQLite takes from `decided`: nothing is copied into parameters."""
     driver: Any = db.connection.driver_connection
-    update: Any = None
-    failure: BaseException | None = None
-
-    def decided_sender(*row: Any) -> Any:
-        nonlocal update, failure
-        try:
-            update = decide(MessageRow(*_texts(row[:TEXTS]), *row[TEXTS:]))
-        except BaseException as error:
-            failure = error
-            raise
-        return update.sender
-
-    texts = [sa.cast(messages.c[name], sa.LargeBinary) for name in MessageRow._fields[:TEXTS]]
-    values = {"sender": sa.func.decided_sender(*texts, *(messages.c[name] for name in MessageRow._fields[TEXTS:]))}
-    driver.create_function("decided_sender", -1, decided_sender)
-    for name in ("recipient", "domain", "queue", "meta", "due"):
-        driver.create_function(f"decided_{name}", -1, lambda name=name: getattr(update, name))
-        values[name] = getattr(sa.func, f"decided_{name}")()
-    try:
-        yield {name: sa.func.coalesce(value, messages.c[name]) for name, value in values.items()}
-    except Exception:
-        if failure is not None:  # of which SQLite says only that there was one
-            raise failure from failure.__cause__
-        raise
-    finally:
-        for name in values:
-            driver.create_function(f"decided_{name}", -1, None)
-
-
-def _change(
-    db: sa.Connection, selection: Selection, values: Mapping[str, Any], rebind_id: str | None, news: Iterable[str]
-) -> int:
-    """Set these columns of the messages, and write a record of each unless `rebind_id` is None: how many."""
-    if (selection.at_most or 0) >= MANY:
-        db.execute(sa.text("PRAGMA wal_autocheckpoint = 0"))
-        db.info["checkpoint"] = True
-    with _recorded(db, values, rebind_id, news), _index_rebuilt(db, selection, values):
-        changed: sa.CursorResult[Any] = db.execute(_update(selection, values))
-    return changed.rowcount
+    values = {}
+    for name in moving.UPDATED_COLUMNS:
+        driver.create_function(f"decided_{name}", 1, lambda rowid, name=name: getattr(decided[rowid], name))
+        values[name] = sa.func.coalesce(getattr(sa.func, f"decided_{name}")(_rowid), messages.c[name])
+    return values
 
 
 def _update(selection: Selection, values: Mapping[str, Any]) -> sa.Update:
@@ -352,7 +321,11 @@ def _recorded(db: sa.Connection, changed: Iterable[str], rebind_id: str | None, 
 
 
 @contextmanager
-def _index_rebuilt(db: sa.Connection, selection: Selection, changed: Collection[str]) -> Iterator[None]:
+def _in_bulk(db: sa.Connection, selection: Selection, changed: Collection[str]) -> Iterator[None]:
+    """If many messages change, leave the checkpoint for later; if most of them do, rebuild the index."""
+    if (selection.at_most or 0) >= MANY:
+        db.execute(sa.text("PRAGMA wal_autocheckpoint = 0"))
+        db.info["checkpoint"] = True
     # Faster by a quarter to a half if most of its entries change. Others do not see that until the commit.
     rebuilt = selection.are_most and "due" in changed
     if rebuilt:
@@ -363,8 +336,13 @@ def _index_rebuilt(db: sa.Connection, selection: Selection, changed: Collection[
 
 
 def rows(db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
+    with closing(_read(db, selection.select(*moving.MESSAGE_COLUMNS))) as read:
+        yield from map(MessageRow._make, read)
+
+
+def _read(db: sa.Connection, statement: sa.Select[Any]) -> Generator[Any]:
     size = moving.FIRST_ROWS
-    with db.execute(selection.select(*moving.MESSAGE_COLUMNS)) as found:
-        while read := list(map(MessageRow._make, found.fetchmany(size))):
+    with db.execute(statement) as found:
+        while read := found.fetchmany(size):
             size = moving.rows_to_read(size, sum(len(row.meta) for row in read))
             yield from read
