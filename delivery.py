@@ -131,7 +131,8 @@ def settle(claim: Claim, outcomes: Sequence[Outcome], due: float | None = None) 
 
     If the answer to a call was lost, call it again with the same arguments: nothing is written twice before the lease
     is over, nor later unless `due` has changed since.
-    Returns False, and writes nothing, if the message is gone. Raises StoreUnavailable.
+    Returns False, and writes nothing, if the message is gone. Raises StoreUnavailable, and StoreRefused if the log does
+    not take the `details` of an outcome: docs/tables.md, "log".
     """
     this, later = messages.c.id == claim.id, claim.leased_until if due is None else due
     with registry.database.begin_write() as db:

@@ -27,6 +27,7 @@ ENCODING = ("SHOW server_encoding", "UTF8")  # any text can be stored then
 CONFLICT = ("40",)  # transaction rollback: a deadlock, a serialization failure
 REFUSED = ("22", "23", "54")  # data exception, integrity violation, a limit of the program
 OURS = ("log", "rebinds")  # tables whose rows no request can make wrong
+CHECK_VIOLATION = "23514"  # of a row of the log: one that a worker wrote
 UNUSABLE = ("28", "3D", "3F", "42501")  # who we are, which database, which schema, no right
 READ_ONLY = "25006"
 # Connection lost, out of resources, a lock that was not to be had, an operator's intervention, the system's errors;
@@ -102,7 +103,8 @@ def meaning(error: sa.exc.DBAPIError) -> Exception | None:
         said = "it is a standby, a demoted primary or set to read-only"
     if state.startswith(CONFLICT):
         return StoreConflict(f"the database ended the transaction: {said}")
-    if state.startswith(REFUSED) and error.orig.diag.table_name in OURS:  # type: ignore[union-attr]
+    ours = error.orig.diag.table_name in OURS and state != CHECK_VIOLATION  # type: ignore[union-attr]
+    if state.startswith(REFUSED) and ours:
         return StoreUnusable("the database refused a row of the service's own; docs/runbook.md says what to do", reason)
     if state.startswith(REFUSED):
         return StoreRefused(TOO_LONG if "queue_length" in reason else f"the tables do not allow it: {said}")

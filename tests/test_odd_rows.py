@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from databases import engine_for, run_sql, stored
+from databases import engine_for, nothing_changes, run_sql, stored
 from factories import ask, connected_to, message, settled
 from terminal import Flask
 
@@ -170,6 +170,16 @@ def test_an_odd_row_does_not_hide_the_others(
     changes = ", ".join(f"{name} = {value}" for name, value in columns.items())
     run_sql(url, f"UPDATE messages SET {changes} WHERE id = 'odd'")
     way(Store(queues, flask, url, columns, readable))
+
+
+def test_an_outcome_that_the_log_does_not_take_changes_nothing(queues: QueueRegistry, url: str) -> None:
+    queues.load([message()])
+    (claimed,) = claim(1, lease=60)
+    with (
+        nothing_changes(url),
+        pytest.raises(StoreRefused, match=r"^the tables do not allow it: .*response_is_readable"),
+    ):
+        settle(claimed, [Outcome("Delivery", ["ada@example.com"], {"response": {"code": 250}})])
 
 
 def test_the_exit_status_does_not_depend_on_how_many_messages_cannot_be_read(
