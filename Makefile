@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes
 
 help:  ## List these targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
 
 run: .venv/run  ## Serve on 127.0.0.1:8000. The default store gets sample messages while it is empty.
 	@test -n "$${REBIND_DATABASE_URL+set}" || $(BIN)/flask queues --json 2>/dev/null | grep -q . \
@@ -17,8 +17,11 @@ check: lint  ## Check style, formatting and types, and run the fast tests.
 test: lint  ## The same with every test. This is what CI runs.
 	$(BIN)/pytest -n auto --dist worksteal
 
-bench: .venv/dev  ## Measure the speed, for docs/performance.md. Takes more than two hours, and 30 GB.
+bench: .venv/dev  ## Measure the speed, for docs/performance.md. Takes 45 minutes, and 30 GB.
 	$(BIN)/python bench/run.py
+
+bench-millions: .venv/dev  ## Measure what grows with the store, up to ten million messages. Takes 20 minutes, and 30 GB.
+	$(BIN)/python bench/millions.py
 
 clean:  ## Remove all that make created, except messages: the default store is instance/queues.db.
 	rm -rf .venv .hypothesis .*_cache bench/stores
@@ -38,4 +41,4 @@ lint: .venv/dev
 	$(INSTALL) -r requirements-dev.txt
 	@touch $@
 
-.PHONY: help run check test bench clean lint
+.PHONY: help run check test bench bench-millions clean lint

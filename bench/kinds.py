@@ -26,6 +26,8 @@ class Kind:
     """What is measured instead of a request: a command of `flask`, or RECORDS."""
     floor: bool = False
     """Whether the same is measured as bare SQL."""
+    beside: float = 0
+    """How many times as fast as at commit 34cd0cd it should be; 0 if it is not measured beside an older commit."""
     requests: int = 1
     """How many are sent one after another in one run: a single one that takes a few ms is not a measurement."""
 
@@ -36,24 +38,31 @@ _MOVED, _SALE = {"data": {"queue": MOVED}}, {"data": {"campaign": SALE}}
 _OF_ONE_QUEUE = {"campaign": "spring-sale", "tenant": "tenant-1", "domain": "gmail.example"}
 _BY_EVENT = {"trigger_rebind_event": True}
 _UNDO, _LOGGED = "?undo={rebind_id}", ("metadata", "queue")
+_COMMAND = ("rebind", "--reason", REASON, "--set", f"queue={MOVED}")
+_PRINT = ("messages", "--limit", str(OF_COMMANDS))
 
 KINDS = {
-    "constant": Kind("constant queue", _MOVED, floor=True),
-    "campaign": Kind("campaign change", _SALE, floor=True),
-    "keyed": Kind("campaign change, with a key", _SALE, key=RETRY_KEY, floor=True),
-    "metadata": Kind("metadata only", {"data": {"note": "seen by support"}}, floor=True),
-    "flush": Kind("flush", {"data": {}, "always_flush": True}, floor=True),
-    "suppressed": Kind("suppressed log", _MOVED | {"suppress_logging": True}, floor=True),
-    "dry": Kind("plan of a dry run", _SALE, query="?dry_run=true", floor=True),
-    "queue": Kind("one queue of 200", _MOVED | _OF_ONE_QUEUE, floor=True),
-    "none": Kind("no match", _MOVED | {"tenant": "nobody"}, floor=True, requests=50),
-    "event": Kind("event", _MOVED | _BY_EVENT),
-    "undo_campaign": Kind("undo of a campaign change", {"data": {}}, _UNDO, after=("campaign",)),
-    "undo_metadata": Kind("undo of metadata only", {"data": {}}, _UNDO, after=("metadata",)),
-    "undo_event": Kind("undo of an event", {"data": {}}, _UNDO, after=("event",)),
-    "log": Kind("log from its start", after=_LOGGED, command=("log",)),
+    "constant": Kind("all messages into one queue", _MOVED, floor=True, beside=1),
+    "campaign": Kind("all messages to another campaign", _SALE, floor=True, beside=1),
+    "keyed": Kind("the same, with an `Idempotency-Key`", _SALE, key=RETRY_KEY, floor=True),
+    "metadata": Kind("other metadata only, nothing moves", {"data": {"note": "seen by support"}}, floor=True, beside=1),
+    "flush": Kind("flush of all messages", {"data": {}, "always_flush": True}, floor=True),
+    "suppressed": Kind("into one queue, no records", _MOVED | {"suppress_logging": True}, floor=True),
+    "undo_campaign": Kind("undo of the change of campaign", {"data": {}}, _UNDO, after=("campaign",), beside=1),
+    "undo_metadata": Kind("undo of other metadata", {"data": {}}, _UNDO, after=("metadata",), beside=1),
+    "event": Kind("into one queue, by the event", _MOVED | _BY_EVENT, beside=1.5),
+    "undo_event": Kind("undo of the event", {"data": {}}, _UNDO, after=("event",), beside=1),
+    "dry": Kind("plan of another campaign", _SALE, query="?dry_run=true", floor=True),
+    "queue": Kind("one queue of 200", _MOVED | _OF_ONE_QUEUE, floor=True, beside=1),
+    "by_name": Kind("the same, by its name", _MOVED, query=f"?queue={ONE_QUEUE}"),
+    "none": Kind("no queue matches", _MOVED | {"tenant": "nobody"}, floor=True, requests=50),
+    "none_by_name": Kind("the same, by a name", _MOVED, query="?queue=nobody.example", requests=50),
+    "everything": Kind("`flask rebind --everything`", command=(*_COMMAND, "--everything")),
+    "by_id": Kind("`flask rebind --id -`, every message", command=(*_COMMAND, "--id", "-")),
+    "log": Kind("`flask log` from its start", after=_LOGGED, command=("log",), beside=2),
     "records": Kind("one rebind's records", after=_LOGGED, command=RECORDS),
-    "prune": Kind("prune of all records", after=_LOGGED, command=("prune", "--before", "2100-01-01")),
-    "messages": Kind("messages with content", command=("messages", "--content", "--limit", str(OF_COMMANDS))),
-    "load": Kind("load", command=("load",)),
+    "prune": Kind("`flask prune` of all records", after=_LOGGED, command=("prune", "--before", "2100-01-01")),
+    "messages": Kind("`flask messages`", command=_PRINT, beside=3),
+    "content": Kind("`flask messages --content`", command=(*_PRINT, "--content"), beside=3),
+    "load": Kind("`flask load` of as many messages", command=("load",), beside=3),
 }

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import floor
@@ -45,47 +45,56 @@ class Run:
     """The most memory that gunicorn's worker or the command had in it, in MiB."""
 
 
-def cell(store: Store, database: str, name: str, runs: int) -> dict[str, Any]:
-    """One kind on one store: the service and the floor in turns, `runs` times each. Both must do the same, or it fails.
+def cell(store: Store, database: str, name: str, runs: int, older: Store | None = None) -> dict[str, Any]:
+    """One kind on one store: the service, the floor and the service of an older commit in turns, `runs` times each.
 
-    Returns medians and all runs.
+    The service and the floor must do the same, or it fails. Returns medians and all runs.
     """
-    sides: dict[str, list[Run]] = {"ours": [], **({"floor": []} if KINDS[name].floor else {})}
-    outcomes = []
+    kind, sides = KINDS[name], {"ours": store}
+    if kind.floor:
+        sides["floor"] = store
+    if kind.beside and older:
+        sides["older"] = older
+    done: dict[str, list[Run]] = {side: [] for side in sides}
+    outcomes = {}
     for number in range(runs):
         for side in sides if number % 2 == 0 else reversed(sides):
-            store.restore()
-            with store.open() as url:
-                sides[side].append(by_service(KINDS[name], url, store) if side == "ours" else by_hand(name, url))
-                if number == 0:
-                    outcomes.append(outcome(url))
-    counts = {(run.matched, run.moved) for side in sides.values() for run in side}
-    assert len(counts) == 1, f"the service and the floor do not count the same: {counts}"
-    assert outcomes[0] == outcomes[-1], f"the service and the floor did not do the same: {outcomes}"
-    seconds = {side: median(run.seconds for run in of_side) for side, of_side in sides.items()}
+            sides[side].restore()
+            with sides[side].open() as url:
+                done[side].append(by_hand(name, url) if side == "floor" else by_service(kind, url, sides[side]))
+                if number == 0 and side != "older":
+                    outcomes[side] = outcome(url)
+    counts = {(run.matched, run.moved) for of_side in done.values() for run in of_side}
+    assert len(counts) == 1, f"not all count the same: {counts}"
+    assert outcomes["ours"] == [*outcomes.values()][-1], f"the service and the floor did not do the same: {outcomes}"
+    seconds = {side: median(run.seconds for run in of_side) for side, of_side in done.items()}
     matched, moved = counts.pop()
     return {
         "database": database,
         "size": store.size,
         "kind": name,
-        "title": KINDS[name].title,
+        "title": kind.title,
         "matched": matched,
         "moved": moved,
         "ms": seconds["ours"] * 1000,
-        "floor_ms": seconds["floor"] * 1000 if "floor" in seconds else None,
-        # How fast the service is beside the floor: 1 is as fast, 0.5 takes twice as long.
+        # How fast the service is beside the floor, or an older commit: 1 is as fast, 0.5 takes twice as long.
         "ratio": seconds["floor"] / seconds["ours"] if "floor" in seconds else None,
+        "beside": seconds["older"] / seconds["ours"] if "older" in seconds else None,
         "us_each": seconds["ours"] * 1e6 / matched if matched else None,
-        "peak_mib": median(run.peak for run in sides["ours"] if run.peak) if sides["ours"][0].peak else None,
-        "runs": {side: [asdict(run) for run in of_side] for side, of_side in sides.items()},
+        "peak_mib": median(run.peak for run in done["ours"] if run.peak) if done["ours"][0].peak else None,
+        "runs": {side: [asdict(run) for run in of_side] for side, of_side in done.items()},
     }
 
 
 @contextmanager
-def serving(url: str, **settings: str) -> Iterator[tuple[Service, requests.Session]]:
-    """A gunicorn with one worker on the database at `url`, whose first request is done: it connects and compiles."""
+def serving(url: str, tree: Path = ROOT, **settings: str) -> Iterator[tuple[Service, requests.Session]]:
+    """A gunicorn with one worker on the database at `url`, whose first request is done: it connects and compiles.
+
+    tree: the code that it runs.
+    """
+    its_code = ("--chdir", str(tree), "--config", str(tree / "gunicorn.conf.py"))
     with TemporaryDirectory() as folder, requests.Session() as session:
-        service = start_service(Path(folder), url, "--workers", "1", **settings)
+        service = start_service(Path(folder), url, "--workers", "1", *its_code, **settings)
         try:
             ask(session, service, KINDS["none"])
             yield service, session
@@ -105,7 +114,8 @@ def ask(session: requests.Session, service: Service, kind: Kind, rebind_id: str 
 def by_service(kind: Kind, url: str, store: Store) -> Run:
     """One run of the service."""
     rebind_id = ""
-    with serving(url, REBIND_POLICY=str(ROOT / "bench" / "event_policy.py")) as (service, session):
+    policy = store.tree / "bench" / "event_policy.py"
+    with serving(url, store.tree, REBIND_POLICY=str(policy)) as (service, session):
         for before in kind.after:
             rebind_id = ask(session, service, KINDS[before]).headers["Rebind-Id"]
             os.sync()  # what it left to be written must not be written during the next
@@ -113,10 +123,12 @@ def by_service(kind: Kind, url: str, store: Store) -> Run:
             return _requested(session, service, kind, rebind_id)
     if kind.command == RECORDS:
         return _records_read(url, rebind_id)
+    count, given = min(store.size, OF_COMMANDS), ""
     if kind.command == ("load",):
-        file = file_to_load(store.folder.parent, min(store.size, OF_COMMANDS))
-        return _commanded(url, "load", str(file))
-    return _commanded(url, *kind.command)
+        return _commanded(store.tree, url, "load", str(file_to_load(store.folder.parent, count)))
+    if "-" in kind.command:
+        given = "\n".join(id for (id,) in select(url, f"SELECT id FROM messages LIMIT {count}"))
+    return _commanded(store.tree, url, *kind.command, given=given)
 
 
 def _requested(session: requests.Session, service: Service, kind: Kind, rebind_id: str) -> Run:
@@ -130,22 +142,23 @@ def _requested(session: requests.Session, service: Service, kind: Kind, rebind_i
     return Run(seconds, int(response.headers["Rebind-Matched"]), int(response.headers["Rebind-Moved"]), peak)
 
 
-def _commanded(url: str, *arguments: str) -> Run:
-    """A command of `flask`, from start to end."""
+def _commanded(tree: Path, url: str, *arguments: str, given: str = "") -> Run:
+    """A command of `flask`, from start to end. given: its standard input."""
     command = [sys.executable, "-c", FLASK, *arguments]
     environment = os.environ | {"REBIND_DATABASE_URL": url}
-    start, lines, line = time.perf_counter(), 0, b""
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stdout:  # noqa: B007
+    with TemporaryFile() as output:
+        start = time.perf_counter()
+        done = subprocess.run(
+            command, cwd=tree, env=environment, input=given.encode(), stdout=output, stderr=subprocess.PIPE, check=False
+        )
+        seconds = time.perf_counter() - start
+        assert done.returncode == 0, done.stderr
+        output.seek(0)
+        lines, line = 0, b""
+        for line in output:  # noqa: B007
             lines += 1
-        status = process.stderr.read().decode()
-    assert process.returncode == 0, status
-    matched = int(line.split()[0]) if arguments[0] in ("load", "prune") else lines
-    return Run(time.perf_counter() - start, matched, peak=_peak(status))
+    matched = int(line.split()[0]) if arguments[0] in ("load", "prune", "rebind") else lines
+    return Run(seconds, matched, peak=_peak(done.stderr.decode()))
 
 
 def _records_read(url: str, rebind_id: str) -> Run:
@@ -192,8 +205,13 @@ def outcome(url: str) -> list[Any]:
         "SELECT count(*), count(idempotency_key), sum(matched), sum(moved), sum(flushed), count(left_alone), "
         "sum(last_key - first_key), min(reason), max(reason) FROM rebinds",
     )
+    return [select(url, statement)[0] for statement in statements]
+
+
+def select(url: str, statement: str) -> list[Any]:
+    """The rows."""
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as file:
-            return [file.execute(statement).fetchone() for statement in statements]
+            return file.execute(statement).fetchall()
     with psycopg.connect(url.replace("+psycopg", "", 1)) as db:
-        return [db.execute(statement).fetchone() for statement in statements]
+        return db.execute(statement.encode()).fetchall()

@@ -20,7 +20,7 @@ from typing import Any
 import psycopg
 from kinds import Kind
 from measure import ask, serving
-from stores import PostgresqlStore, SqliteStore, Store
+from stores import KINDS_OF_STORE
 from waits import claims_while
 
 from queues import registry
@@ -87,15 +87,7 @@ class Filled:
         insert(url, rows(self.size))
 
 
-class FilledSqlite(Filled, SqliteStore):
-    """A file."""
-
-
-class FilledPostgresql(Filled, PostgresqlStore):
-    """A server."""
-
-
-STORES: dict[str, type[Store]] = {"sqlite": FilledSqlite, "postgresql": FilledPostgresql}
+STORES: dict[str, Any] = {name: type(name, (Filled, kind), {}) for name, kind in KINDS_OF_STORE.items()}
 
 
 def measure(url: str, where: str) -> None:

@@ -124,6 +124,8 @@ class Store(ABC):
     """Messages."""
     extra: int
     """Bytes of metadata that each of them has beyond the usual."""
+    tree: Path = ROOT
+    """The code that fills and serves it."""
 
     @property
     def work(self) -> Path:
@@ -161,7 +163,8 @@ class Store(ABC):
 
     def _load(self, url: str) -> None:
         # In a process of its own, which leaves no connection open.
-        subprocess.run([sys.executable, __file__, url, str(self.size), str(self.extra)], check=True)
+        script = self.tree / "bench" / "stores.py"
+        subprocess.run([sys.executable, str(script), url, str(self.size), str(self.extra)], check=True)
 
 
 class SqliteStore(Store):
@@ -236,9 +239,10 @@ def _sqlalchemy(uri: str) -> str:
 KINDS_OF_STORE: dict[str, type[Store]] = {"sqlite": SqliteStore, "postgresql": PostgresqlStore}
 
 
-def built(database: str, folder: Path, size: int, extra: int = 0) -> Store:
-    """The store of `size` messages with `extra` more bytes of metadata, in `folder`."""
-    made = KINDS_OF_STORE[database](folder.resolve() / version() / f"{database}-{size}-{extra}", size, extra)
+def built(database: str, folder: Path, size: int, extra: int = 0, tree: Path = ROOT) -> Store:
+    """The store of `size` messages with `extra` more bytes of metadata, in `folder`, for the code in `tree`."""
+    made_by = version() if tree == ROOT else tree.name
+    made = KINDS_OF_STORE[database](folder.resolve() / made_by / f"{database}-{size}-{extra}", size, extra, tree)
     made.build()
     return made
 
