@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from history import rebind_done, rfc3339
 from message import from_json
-from moving import FIRST_ROWS, of_rebind, rows_to_read
+from moving import BATCH, FIRST_ROWS, of_rebind, rows_to_read
 from names import EVERYTHING, Criteria
 from store import Database, StoreUnavailable
 from tables import log, rebinds
@@ -46,15 +46,11 @@ class LogFilter:
     """Which records of the log to read; None is any."""
 
     type: str | None = None
-    id: str | None = None
-    """The message's."""
+    id: str | None = None  # the message's
     rebind_id: str | None = None
-    since: float | None = None
-    """In seconds since 1970, inclusive."""
-    until: float | None = None
-    """In seconds since 1970, exclusive."""
-    criteria: Criteria = EVERYTHING
-    """Of the queue that a record names, or of the one before a rebind."""
+    since: float | None = None  # in seconds since 1970, inclusive
+    until: float | None = None  # in seconds since 1970, exclusive
+    criteria: Criteria = EVERYTHING  # of the queue that a record names, or of the one before a rebind
 
     def conditions(self, db: sa.Connection) -> Iterator[sa.ColumnElement[bool]]:
         """What is true of a record that is one of them. Raises UnknownRebind."""
@@ -90,11 +86,12 @@ def records(
     Raises UnknownRebind, StoreUnusable and StoreUnavailable.
     """
     key, size, waits = after or 0, FIRST_ROWS, after is not None or poll is not None
+    rebinds_read: dict[str, Any] = {}
     while True:
         before, last = key, _last_settled(database, key) if waits else None
-        while page := _page(database, key, last, size, wanted):
-            yield from (_record(row, rebind) for row, rebind in page if wanted.picks(row))
-            key, size = page[-1][0].key, rows_to_read(size, sum(len(row.meta) for row, _ in page))
+        while page := _page(database, key, last, size, wanted, rebinds_read):
+            yield from (_record(row, rebinds_read.get(row.rebind_id)) for row in page if wanted.picks(row))
+            key, size = page[-1].key, rows_to_read(size, sum(len(row.meta) for row in page))
         if poll is None:
             return
         key = last or 0
@@ -112,15 +109,20 @@ def _last_settled(database: Database, after: int) -> int:
     return last  # whoever took a smaller key has ended by now
 
 
-def _page(database: Database, after: int, last: int | None, size: int, wanted: LogFilter) -> list[tuple[Any, Any]]:
-    """The next records, at most `size`, each with its rebind or None, all as they were at one moment."""
+def _page(
+    database: Database, after: int, last: int | None, size: int, wanted: LogFilter, rebinds_read: dict[str, Any]
+) -> list[Any]:
+    """The next records, at most `size`, all as they were at one moment. Their rebinds are added to those read."""
     with database.begin_read() as db:
         page = sa.select(*_COLUMNS).where(log.c.key > after, *wanted.conditions(db)).order_by(log.c.key).limit(size)
         found = db.execute(page if last is None else page.where(log.c.key <= last))
         rows: list[Any] = list(map(_Row._make, found.cursor.fetchall()))
-        of_these = sa.select(rebinds).where(rebinds.c.rebind_id.in_({row.rebind_id for row in rows}))
-        known = {row.rebind_id: _Rebind._make(row) for row in db.execute(of_these)}
-    return [(row, known.get(row.rebind_id)) for row in rows]
+        if len(rebinds_read) > BATCH:
+            rebinds_read.clear()
+        if unread := {row.rebind_id for row in rows} - rebinds_read.keys() - {None}:
+            found = db.execute(sa.select(rebinds).where(rebinds.c.rebind_id.in_(unread)))
+            rebinds_read |= {row.rebind_id: _Rebind._make(row) for row in found}
+    return rows
 
 
 def _record(row: Any, rebind: Any) -> dict[str, Any]:
