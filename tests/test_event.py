@@ -139,6 +139,13 @@ def test_what_python_takes_for_the_same_may_be_a_change(
     assert str(metas(url)) == str([after])
 
 
+def test_a_handler_may_change_a_list_inside_the_metadata(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(meta={"n": [1]})])
+    with connected_to(do("message.meta['n'].append(2)")):
+        trigger(queues)
+    assert metas(url) == [{"n": [1, 2]}]
+
+
 class Pool(str, Enum):  # noqa: UP042
     """Strings with names, as a site may keep them."""
 
