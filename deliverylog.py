@@ -129,6 +129,7 @@ def _record(row: Any, rebind: Any) -> dict[str, Any]:
     """A row of the log as a record. A document that Python cannot read is shown as the text that it is."""
     meta = _meta(row, rebind)
     event_time = row.event_time if rebind is None else rebind.event_time
+    recipient = row.recipient if row.new_recipient is None else row.new_recipient
     reception = meta.get("reception_protocol") if isinstance(meta, dict) else None
     said = f"Rebound from {row.old_queue} to {row.queue}: {rebind.reason}" if rebind else ""
     record = {
@@ -136,7 +137,7 @@ def _record(row: Any, rebind: Any) -> dict[str, Any]:
         "type": row.type,
         "id": row.id,
         "sender": row.sender if row.new_sender is None else row.new_sender,
-        "recipient": _recipient(row.recipient if row.new_recipient is None else row.new_recipient),
+        "recipient": _document(recipient) if recipient.startswith("[") else recipient,
         "queue": row.queue,
         "site": "",
         "size": max(row.size, 0),
@@ -203,10 +204,6 @@ def _is_peer(value: Any) -> bool:
         host = addr if with_port is None or int(with_port[3]) > 65535 else with_port[1] or with_port[2]
         return "%" not in addr and bool(ip_address(host))
     return bool(addr.startswith("/"))
-
-
-def _recipient(text: str) -> Any:
-    return _document(text) if text.startswith("[") else text
 
 
 def response(code: int, content: str, command: str | None = None) -> dict[str, Any]:
