@@ -57,15 +57,6 @@ def state_of(queue: str) -> Literal["hold", "discard"] | None:
     return "hold" if QueueName.parse(queue).on_hold else None
 
 
-def _built(campaign: str | None, tenant: str | None, domain: str, routing_domain: str | None) -> str:
-    name = domain
-    if campaign is not None:
-        name = f"{campaign}:{tenant or ''}@{name}"
-    elif tenant is not None:
-        name = f"{tenant}@{name}"
-    return name if routing_domain is None else f"{name}!{routing_domain}"
-
-
 @dataclass(frozen=True)
 class Criteria:
     """Which messages to pick. docs/contract.md, "The request" and "Beyond the page"."""
@@ -111,10 +102,15 @@ def queue_name(meta: Mapping[str, Any], domain: str) -> str:
         value = meta.get(key)
         return str.__str__(value) if isinstance(value, str) else None  # a handler may set an Enum of strings
 
-    pinned = component("queue")
+    pinned, campaign, tenant, routing_domain = map(component, NAMING_KEYS)
     if pinned is not None:
         return pinned
-    return _built(component("campaign"), component("tenant"), domain, component("routing_domain"))
+    name = domain
+    if campaign is not None:
+        name = f"{campaign}:{tenant or ''}@{name}"
+    elif tenant is not None:
+        name = f"{tenant}@{name}"
+    return name if routing_domain is None else f"{name}!{routing_domain}"
 
 
 def new_name(
