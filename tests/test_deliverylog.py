@@ -252,8 +252,14 @@ def prune(queues: QueueRegistry, monkeypatch: pytest.MonkeyPatch) -> Callable[[C
     """Prune what is there by now, at most two records in a transaction, and call what is given after each."""
 
     def prune(between: Callable[[], object]) -> Pruned:
+        clock = itertools.count()  # by which each transaction takes a second
+
+        def sleep(seconds: float) -> None:
+            assert seconds == 1, "as long as the transaction took"
+            between()
+
         monkeypatch.setattr(deliverylog, "PRUNED_AT_ONCE", 2)
-        monkeypatch.setattr(deliverylog, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: between()))
+        monkeypatch.setattr(deliverylog, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=sleep))
         return deliverylog.prune(queues.database, before=time.time())
 
     return prune
@@ -277,6 +283,21 @@ def test_while_its_records_are_pruned_a_rebind_cannot_be_undone_and_its_history_
     pruned = f"the history has no rebind {first.rebind_id}: it was never done, or it has been pruned"
     assert seen == [(2, [first.rebind_id, suppressed.rebind_id], in_part), (0, [suppressed.rebind_id], pruned)]
     assert history(url) == []
+
+
+def test_a_prune_passes_over_what_stays_and_lets_others_write_after_each_of_its_transactions(
+    queues: QueueRegistry, url: str, prune: Callable[[Callable[[], object]], Pruned]
+) -> None:
+    """Of 32 records, in groups of the same age, it removes 8, at most 2 in a transaction."""
+
+    def write(event_time: float) -> None:
+        with engine_for(url).begin() as db:
+            db.execute(delivery("m").values(event_time=event_time))
+
+    for event_time in [1] * 5 + [3e9] * 12 + [1] * 3 + [3e9] * 12:
+        write(event_time)
+    assert prune(lambda: write(4e9)) == Pruned(records=8, rebinds=0)
+    assert len(logged(url)) == 32 - 8 + 5
 
 
 def test_a_rebind_that_is_done_while_a_prune_runs_keeps_its_history_and_its_records(

@@ -3,7 +3,6 @@
 import json
 import resource
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -151,8 +150,10 @@ def test_what_may_be_missing_may_be_null(load: Load, url: str, nothing: Any) -> 
 
 def test_messages_without_content_and_discarded_ones_are_counted(load: Load, url: str) -> None:
     texts = [line("a"), line("b", data=...), line("c", data=..., meta={"queue": "null"}), line("d", recipient="x@NULL")]
-    assert load("".join(texts)) == loaded(2, "1 of them without content, 2 discarded")
-    assert ids(url) == ["a", "b"]
+    texts += [line(name, meta={"queue": name}) for name in ("Null", "t@null", "null@a")]
+    assert load("".join(texts)) == loaded(5, "1 of them without content, 2 discarded")
+    assert ids(url) == ["a", "b", "Null", "null@a", "t@null"]
+    assert contents(url).keys() == {*ids(url)}
 
 
 REMARKS: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -211,13 +212,12 @@ def test_a_reception_protocol_that_is_no_string_is_null_in_records(queues: Queue
 
 
 @pytest.mark.sqlite
-def test_a_new_store_is_its_owners_alone(shell: Flask, tmp_path: Path) -> None:
+def test_a_store_is_created_by_a_load_that_is_right_and_by_no_other(shell: Flask, tmp_path: Path) -> None:
     store = tmp_path / "new.db"
     new = {"REBIND_DATABASE_URL": f"sqlite:///{store}"}
     assert shell("load", "-", stdin=line(5), **new) == refused("<stdin>:1: id: Not a valid string.")
     assert not store.exists()
     assert shell("load", "-", stdin=line(), **new) == loaded(1)
-    assert stat.S_IMODE(store.stat().st_mode) == 0o600
 
 
 # What is refused
@@ -450,21 +450,8 @@ def test_a_full_disk_is_an_error_of_one_line(start_command: Command, url: str, f
 # Locks
 
 
-def test_no_lock_is_held_while_messages_are_read(start_command: Command, queues: QueueRegistry, url: str) -> None:
-    process = start_command("load", "-", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin is not None
-    # More than a pipe holds: when it is written, it is being read.
-    process.stdin.write("".join(line(str(number), data="x" * 1000) for number in range(2 * BATCH)).encode())
-    with locked(url, "" if url.startswith("sqlite") else "LOCK TABLE messages, contents"):
-        process.stdin.write(line("last").encode())
-        process.stdin.flush()
-    assert stored(url) == []
-    output, _ = process.communicate(timeout=60)
-    assert output == f"{2 * BATCH + 1} messages loaded, 0 discarded\n".encode()
-    assert len(stored(url)) == 2 * BATCH + 1
-
-
 def test_a_wrong_file_is_refused_while_the_store_is_locked(load: Load, url: str) -> None:
+    """All is read and checked before the load needs a lock."""
     text = "".join(line(str(number)) for number in range(BATCH)) + line(5)
     with locked(url, "" if url.startswith("sqlite") else "LOCK TABLE messages, contents"):
         assert load(text) == refused(f"FILE:{BATCH + 1}: id: Not a valid string.")

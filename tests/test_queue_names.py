@@ -66,13 +66,8 @@ def test_every_string_is_a_name_and_is_written_as_it_was_read(name: str) -> None
 @pytest.mark.parametrize(
     ("meta", "name"),
     [
-        ({}, "example.com"),
-        ({"campaign": "c"}, "c:@example.com"),
-        ({"campaign": "c", "tenant": "t"}, "c:t@example.com"),
-        ({"campaign": "c", "tenant": "t", "routing_domain": "r"}, "c:t@example.com!r"),
         ({"queue": "pinned", "campaign": "c", "tenant": "t", "routing_domain": "r"}, "pinned"),
         ({"queue": ""}, ""),
-        ({"campaign": "", "tenant": "", "routing_domain": ""}, ":@example.com!"),
         ({"queue": None, "campaign": None, "tenant": None, "routing_domain": None}, "example.com"),
         ({"queue": 1, "campaign": True, "tenant": ["t"], "routing_domain": {"r": "r"}}, "example.com"),
         ({"tenant": "a:b"}, "a:b@example.com"),
@@ -81,22 +76,6 @@ def test_every_string_is_a_name_and_is_written_as_it_was_read(name: str) -> None
 )
 def test_a_message_is_in_the_queue_that_its_metadata_names(meta: dict[str, Any], name: str) -> None:
     assert queue_name(meta, "example.com") == name
-
-
-@pytest.mark.parametrize(
-    ("recipient", "domain"),
-    [
-        ("ada@example.com", "example.com"),
-        ("ada@EXAMPLE.Com", "example.com"),
-        ('"ada@home"@example.com', "example.com"),
-        ("ada@[IPv6:2001:DB8::1]", "[ipv6:2001:db8::1]"),
-        ("ada@MÜNCHEN.example", "münchen.example"),
-        (["ada@one.example", "bob@two.example"], "one.example"),
-    ],
-    ids=str,
-)
-def test_the_domain_is_the_first_recipients_in_lower_case(recipient: str | list[str], domain: str) -> None:
-    assert domain_of(recipient) == domain
 
 
 @pytest.mark.parametrize(

@@ -20,43 +20,15 @@ from queues import QueueRegistry
 from tables import FIRST_SECOND, LAST_SECOND, MAX_NAME
 
 # A row of each table, as SQL.
+IN_BOTH = {"id": "'m'", "sender": "''", "recipient": "'ada@example.com'", "queue": "'example.com'", "created": "1"}
+IN_BOTH |= {"meta": "'{}'"}
+RECORD = IN_BOTH | {"type": "'Delivery'", "size": "0", "num_attempts": "0", "event_time": "2"}
+REBIND = dict.fromkeys(("rebind_id", "actor", "nodeid", "reason"), "'r'") | {"request": "'{}'", "event_time": "1"}
+REBIND |= {"matched": "0", "moved": "0", "flushed": "0", "first_key": "1", "last_key": "0"}
 ROWS = {
-    "messages": {
-        "id": "'m'",
-        "sender": "'news@acme.example'",
-        "recipient": "'ada@example.com'",
-        "domain": "'example.com'",
-        "queue": "'example.com'",
-        "meta": "'{}'",
-        "created": "1",
-        "due": "2",
-    },
-    "log": {
-        "type": "'Delivery'",
-        "id": "'m'",
-        "sender": "'news@acme.example'",
-        "recipient": "'ada@example.com'",
-        "queue": "'example.com'",
-        "size": "0",
-        "created": "1",
-        "num_attempts": "0",
-        "event_time": "2",
-        "nodeid": "'01A21189-0776-707d-8281-0c4c8ce1a443'",
-        "meta": "'{}'",
-    },
-    "rebinds": {
-        "rebind_id": "'r'",
-        "event_time": "1",
-        "actor": "'me'",
-        "nodeid": "'n'",
-        "reason": "'a test'",
-        "request": "'{}'",
-        "matched": "0",
-        "moved": "0",
-        "flushed": "0",
-        "first_key": "1",
-        "last_key": "0",
-    },
+    "messages": IN_BOTH | {"domain": "'example.com'", "due": "2"},
+    "log": RECORD | {"nodeid": "'01A21189-0776-707d-8281-0c4c8ce1a443'"},
+    "rebinds": REBIND,
     "contents": {"id": "'m'", "data": "''"},
 }
 LONGEST = f"'{'é' * (MAX_NAME // 2)}'"
