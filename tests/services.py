@@ -72,13 +72,7 @@ class Service:
 
 
 def start_service(folder: Path, url: str, *arguments: str, **settings: str) -> Service:
-    """A gunicorn with two workers on a free port, and on a unix socket in the folder.
-
-    Stop it with `stop_service`. The fixtures below do both.
-
-    arguments: for gunicorn's command line.
-    settings: for its environment.
-    """
+    """A gunicorn with two workers on a free port, and on a unix socket in the folder; `stop_service` ends it."""
     service = launch(folder, url, *arguments, **settings)
     until(service.listens_or_ended)
     return service
@@ -88,15 +82,10 @@ def launch(folder: Path, url: str, *arguments: str, **settings: str) -> Service:
     """A gunicorn that may not have started yet, or never will."""
     port = free_port()
     environment = os.environ | {"REBIND_DATABASE_URL": url} | settings
+    command = [*GUNICORN, f"unix:{folder / 'socket'}", "--bind", f"127.0.0.1:{port}", *arguments, "wsgi:app"]
     output = folder / "gunicorn.log"
     with output.open("wb") as log:
-        process = subprocess.Popen(
-            [*GUNICORN, f"unix:{folder / 'socket'}", "--bind", f"127.0.0.1:{port}", *arguments, "wsgi:app"],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     return Service(f"http://127.0.0.1:{port}", process, output)
 
 

@@ -78,6 +78,7 @@ def test_rebind_takes_what_the_endpoint_takes(flask: Flask, queues: QueueRegistr
     asked = {"data": {"a": "1", "b": "3=4"}, "unset": ["old"], "limit": 5, "reason": "why not"}
     assert row["request"] == criteria | asked | {"always_flush": True, "suppress_logging": True}
     assert (row["idempotency_key"], row["actor"]) == ('a "key"', getpass.getuser())
+    assert refused(flask("rebind", *options, *flags[2:])) == "the Idempotency-Key was used by a different request"
     assert stored(url)[0]["meta"] == SPRING | {"routing_domain": "relay.example", "a": "1", "b": "3=4"}
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,29 +65,22 @@ class Sink:
 
 @pytest.fixture
 def sink() -> Iterator[Callable[..., Sink]]:
-    sinks: list[Sink] = []
+    with ExitStack() as stack:
 
-    def start(refusal: str = "", **options: Any) -> Sink:
-        sinks.append(Sink(refusal, **options))
-        return sinks[-1]
+        def start(refusal: str = "", **options: Any) -> Sink:
+            sink = Sink(refusal, **options)
+            stack.callback(sink.controller.stop)
+            return sink
 
-    yield start
-    for each in sinks:
-        each.controller.stop()
+        yield start
 
 
+@dataclass
 class Worker:
     """The example's worker, as a process of its own."""
 
-    def __init__(self, folder: Path, url: str, *options: str) -> None:
-        self.output = folder / "worker.log"
-        with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "examples/deliver.py", *options],
-                cwd=ROOT,
-                env=os.environ | {"REBIND_DATABASE_URL": url, "REBIND_BUSY_TIMEOUT": "0.1"},
-                stderr=output,
-            )
+    process: subprocess.Popen[bytes]
+    output: Path
 
     def says(self) -> str:
         return self.output.read_text()
@@ -93,16 +88,17 @@ class Worker:
 
 @pytest.fixture
 def start(tmp_path: Path, url: str) -> Iterator[Callable[..., Worker]]:
-    workers: list[Worker] = []
+    with ExitStack() as stack:
 
-    def worker(*options: str) -> Worker:
-        workers.append(Worker(tmp_path, url, *options))
-        return workers[-1]
+        def worker(*options: str) -> Worker:
+            command = [sys.executable, "examples/deliver.py", *options]
+            environment = os.environ | {"REBIND_DATABASE_URL": url, "REBIND_BUSY_TIMEOUT": "0.1"}
+            output = stack.enter_context((tmp_path / "worker.log").open("wb"))
+            process = stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=output))
+            stack.callback(process.kill)
+            return Worker(process, tmp_path / "worker.log")
 
-    yield worker
-    for each in workers:
-        each.process.kill()
-        each.process.wait()
+        yield worker
 
 
 def deliver(url: str, **routes: str) -> None:
@@ -113,14 +109,13 @@ def deliver(url: str, **routes: str) -> None:
 
 
 def types(queues: QueueRegistry) -> list[str]:
-    return [record["type"] for record in deliverylog.records(queues.database)]
+    return [type for type, _, _ in outcomes(queues)]
 
 
 def outcomes(queues: QueueRegistry) -> list[tuple[str, Any, str]]:
     """The type and recipient of each record, and what the peer said."""
-    return [
-        (each["type"], each["recipient"], each["response"]["content"]) for each in deliverylog.records(queues.database)
-    ]
+    records = deliverylog.records(queues.database)
+    return [(each["type"], each["recipient"], each["response"]["content"]) for each in records]
 
 
 @pytest.mark.parametrize(
@@ -228,9 +223,8 @@ def test_a_queue_that_names_no_host_keeps_its_messages_and_stops_nobody(
     queues.load([message(meta={"queue": name}) for name in names])
     deliver(url, **{"good.example": sink().address})
     assert sorted(types(queues)) == ["Delivery"] + ["TransientFailure"] * 7
-    assert [each["peer_address"] for each in deliverylog.records(queues.database) if each["type"] != "Delivery"] == [
-        None
-    ] * 7
+    peers = [each["peer_address"] for each in deliverylog.records(queues.database) if each["type"] != "Delivery"]
+    assert peers == [None] * 7
 
 
 @pytest.mark.parametrize(

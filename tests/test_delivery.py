@@ -70,7 +70,7 @@ def after(sql: str) -> Callable[[Claim, str], None]:
         ),
     ],
 )
-def test_a_claim_that_outlives_its_lease_does_nothing_to_a_message_that_came_later(
+def test_a_claim_that_outlives_its_lease_does_nothing_when_its_message_is_gone_or_another_came_later(
     queues: QueueRegistry, url: str, finish: Callable[[Claim, str], object]
 ) -> None:
     """SQLite gives the new row the place of the one that was deleted."""
@@ -79,6 +79,8 @@ def test_a_claim_that_outlives_its_lease_does_nothing_to_a_message_that_came_lat
     (in_time,) = claim(1, lease=60)
     assert late.id == in_time.id
     assert settled(in_time, "Delivery", OK)
+    assert not finish(late, url)
+    assert (records(queues), stored(url)) == ([("Delivery", "ada@example.com", 250)], [])
     queues.load([message(content=b"new")])
     before = stored(url), contents(url), records(queues)
     finish(late, url)
@@ -150,15 +152,6 @@ def test_a_rebind_does_not_take_a_message_from_the_worker_that_holds_it(
     assert (claim(1, lease=60), queues.queues()[0].due) == ([], 0)
     assert settled(claimed, "TransientFailure", LATER, 4e9)
     assert [each.num_attempts for each in claim(1, lease=60)] == ([] if rebind_it is move_and_undo else [1])
-
-
-def test_a_message_is_taken_away_once(queues: QueueRegistry, url: str) -> None:
-    queues.load([message()])
-    (claimed,) = claim(1, lease=60)
-    assert settled(claimed, "Delivery", OK)
-    assert not settled(claimed, "Bounce", NEVER)
-    assert not settled(claimed, "TransientFailure", LATER, 4e9)
-    assert (records(queues), stored(url)) == ([("Delivery", "ada@example.com", 250)], [])
 
 
 def test_each_outcome_has_its_record_and_the_message_stays_for_those_who_are_tried_again(

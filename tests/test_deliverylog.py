@@ -145,15 +145,9 @@ def follow(
 
 def delivery(id: str) -> Any:
     """The statement by which a worker writes a record."""
-    record = {
-        "type": "Delivery",
-        "sender": "",
-        "recipient": "ada@a.example",
-        "queue": "q",
-        "meta": {},
-        "nodeid": NODEID,
-    }
-    return insert(tables.log).values(record | {"id": id, "size": 0, "created": 1, "num_attempts": 1, "event_time": 2})
+    record = {"type": "Delivery", "sender": "", "recipient": "ada@a.example", "queue": "q", "meta": {}, "size": 0}
+    others = {"nodeid": NODEID, "created": 1, "num_attempts": 1, "event_time": 2}
+    return insert(tables.log).values(record | others | {"id": id})
 
 
 LATER_WRITERS = "w1 w2 c2 w3 w4 c4 c1 c3"  # 3 and 4 write while the reader waits for 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from databases import engine_for, logged, stored
+from databases import locked, logged, stored
 from factories import message
 from services import MIB, PATH, Service, Start, workers
 from slow import MESSAGES, POLICY, slow_rebind
@@ -138,8 +138,7 @@ def test_rebinds_that_wait_leave_threads_for_others_and_one_too_many_is_refused_
     queues.load([message(meta={"queue": "a"})])
     service = start("--workers", "1")
     with ThreadPoolExecutor(MAX_REBINDS + 1) as pool:
-        with engine_for(url).connect() as other:
-            other.exec_driver_sql("BEGIN IMMEDIATE")
+        with locked(url):
             answers = [pool.submit(service.rebind, data={"queue": "b"}) for _ in range(MAX_REBINDS + 1)]
             done, waiting = wait(answers, return_when=FIRST_COMPLETED)
             (refused,) = (answer.result() for answer in done)
@@ -147,7 +146,6 @@ def test_rebinds_that_wait_leave_threads_for_others_and_one_too_many_is_refused_
             assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
             assert requests.get(service.base, timeout=60).status_code == 404
             assert service.rebind("?dry_run=true", data={"queue": "b"}).status_code == 200
-            other.rollback()
         assert [answer.result().status_code for answer in waiting] == [200] * MAX_REBINDS
     failed = [service.rebind("?undo=x").status_code for _ in range(MAX_REBINDS + 1)]
     assert failed == [404] * (MAX_REBINDS + 1)  # whose places are free again, as are those of what was done before

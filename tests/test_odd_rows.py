@@ -26,10 +26,7 @@ ODD: list[Any] = []
 
 
 def odd(name: str, engine: str = "", readable: bool = True, **columns: str) -> None:
-    """Add a row to the table, with these columns as SQL literals, on one engine if only that one takes it.
-
-    readable: whether Python can read it.
-    """
+    """Add a row, these columns as SQL: of one engine if only that takes it, `readable` if Python can read it."""
     marks = [getattr(pytest.mark, engine)] if engine else []
     ODD.append(pytest.param(columns, readable, id=name, marks=marks))
 
@@ -175,10 +172,8 @@ def test_an_odd_row_does_not_hide_the_others(
 def test_an_outcome_that_the_log_does_not_take_changes_nothing(queues: QueueRegistry, url: str) -> None:
     queues.load([message()])
     (claimed,) = claim(1, lease=60)
-    with (
-        nothing_changes(url),
-        pytest.raises(StoreRefused, match=r"^the tables do not allow it: .*response_is_readable"),
-    ):
+    refused = r"^the tables do not allow it: .*response_is_readable"
+    with nothing_changes(url), pytest.raises(StoreRefused, match=refused):
         settle(claimed, [Outcome("Delivery", ["ada@example.com"], {"response": {"code": 250}})])
 
 
@@ -203,8 +198,7 @@ def test_the_outcome_of_a_claim_is_written_whatever_its_recipients_became(
     (claimed,) = claim(1, lease=60)
     run_sql(url, f"UPDATE messages SET recipient = '{became}', domain = 'odd.example'")
     assert settle(claimed, [Outcome("Delivery", ["ada@example.com"], OK)], due=4e9)
-    assert [(each["type"], each["recipient"]) for each in deliverylog.records(queues.database)] == [
-        ("Delivery", "ada@example.com")
-    ]
+    (record,) = deliverylog.records(queues.database)
+    assert (record["type"], record["recipient"]) == ("Delivery", "ada@example.com")
     (row,) = stored(url)
     assert (row["recipient"], row["domain"], row["num_attempts"]) == (left, "odd.example", 1)
