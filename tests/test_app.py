@@ -93,10 +93,8 @@ def test_every_field_of_the_body_reaches_the_registry(queues: QueueRegistry, url
     assert done(service.rebind(always_flush=True, suppress_logging=True)) == (2, 0, 2)
     assert (names(url), len(logged(url))) == (["b", "example.com"], 1)
     assert done(service.rebind("?dry_run=false&limit=1&unset=queue&unset=%C3%A9&unset=signed")) == (1, 1, 1)
-    assert (names(url), metas(url)[0]) == (
-        ["c:t@example.com!r", "example.com"],
-        {"campaign": "c", "tenant": "t", "routing_domain": "r"},
-    )
+    assert names(url) == ["c:t@example.com!r", "example.com"]
+    assert metas(url)[0] == {"campaign": "c", "tenant": "t", "routing_domain": "r"}
 
 
 def test_a_dry_run_is_answered_with_the_plan(queues: QueueRegistry, url: str, service: Service) -> None:

@@ -153,12 +153,8 @@ def test_a_permanent_refusal_bounces(queues: QueueRegistry, url: str, sink: Call
     deliver(url, **{"example.com": f"localhost:{refusing.port}"})
     (record,) = deliverylog.records(queues.database)
     assert (record["type"], stored(url)) == ("Bounce", [])
-    assert record["response"] == {
-        "code": 550,
-        "enhanced_code": {"class": 5, "subject": 1, "detail": 1},
-        "content": "no such user",
-        "command": None,
-    }
+    said = {"code": 550, "content": "no such user", "command": None}
+    assert record["response"] == said | {"enhanced_code": {"class": 5, "subject": 1, "detail": 1}}
     assert record["peer_address"] == {"name": "localhost", "addr": "127.0.0.1"}
 
 

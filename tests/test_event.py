@@ -160,12 +160,9 @@ def test_a_handler_may_set_a_string_of_a_class_of_its_own(queues: QueueRegistry,
     queues.load([message()])
     trigger(queues)
     ((row,), (record,)) = stored(url), logged(url)
+    became = {"queue": "vip.example:@example.com", "meta": {"campaign": "vip.example"}, "sender": "vip.example"}
     for found in (row, record):
-        assert (found["queue"], found["meta"], found["sender"]) == (
-            "vip.example:@example.com",
-            {"campaign": "vip.example"},
-            "vip.example",
-        )
+        assert found == found | became
 
 
 def test_a_handler_that_raises_is_named_and_changes_nothing(queues: QueueRegistry, url: str) -> None:

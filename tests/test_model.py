@@ -58,8 +58,7 @@ class Model:
         flushed = len(found) if request.always_flush else 0 if request.undo else moved
         counts = (len(found), moved, flushed)
         if request.dry_run:
-            plan = Plan.of(moves)
-            return RebindResult(*counts, left, plan=plan)
+            return RebindResult(*counts, left, plan=Plan.of(moves))
         for row, new in sorted(found, key=lambda pair: (len(pair[0]["id"]), pair[0]["id"])):
             before = copy.deepcopy(row)
             row |= new
@@ -357,12 +356,8 @@ def in_log(record: Row) -> Row:
     shown = {name: after[name] for name in ("sender", "recipient", "queue", "meta")}
     shown |= {name: before[name] for name in ("id", "size", "num_attempts")}
     content = f"Rebound from {before['queue']} to {after['queue']}: {request.reason}"
-    return shown | {
-        "rebind_id": record["rebind_id"],
-        "old_queue": before["queue"],
-        "actor": request.actor,
-        "content": content,
-    }
+    shown |= {"rebind_id": record["rebind_id"], "old_queue": before["queue"], "actor": request.actor}
+    return shown | {"content": content}
 
 
 def work(registry: QueueRegistry, model: Model, place: int, what: str) -> None:

@@ -130,9 +130,7 @@ def test_a_limit_picks_those_due_soonest_of_all_queues_and_of_those_the_smallest
     with connected_to(set_data):
         assert counts(ask(queues, {"queue": "q"}, limit=3, trigger_rebind_event=event)) == (3, 3, 3)
     assert {row["id"] for row in stored(url) if row["queue"] == "q"} == {"d", "B", "b"}
-    assert [record["old_queue"] for record in in_order(deliverylog.records(queues.database))] == [
-        f"{id}@example.com" for id in "Bbd"
-    ]
+    assert [record["old_queue"] for record in logged(url)] == [f"{id}@example.com" for id in "Bbd"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -177,11 +177,8 @@ def test_what_cannot_be_used_at_the_start_is_503_until_it_can(
 @pytest.mark.parametrize("prepared", [True, False], ids=["", "locked at the start"])
 def test_no_connection_is_carried_into_the_workers(url: str, site: str, start: Start, prepared: bool) -> None:
     """Two processes would speak on it at once. All have been forked, and none has had a request."""
-    if prepared:
-        service = start(url=site)
-    else:
-        with locked(site):
-            service = start(url=site, REBIND_BUSY_TIMEOUT="0.2")
+    with nullcontext() if prepared else locked(site):
+        service = start(url=site, REBIND_BUSY_TIMEOUT="0.2")
     engine_for(site).dispose()
     until(lambda: len(workers(service)) == 2)
     for process in (service.process.pid, *workers(service)):
