@@ -117,9 +117,9 @@ def load(files: tuple[str, ...], skip_existing: bool) -> None:
             loaded = registry.load(chain.from_iterable(every_batch), skip_existing)
     except OSError as error:
         raise WrongFile(str(error)) from error
-    empty = f", {loaded.empty} of them without content" if loaded.empty else ""
-    skipped = f", {loaded.skipped} skipped" if loaded.skipped else ""
-    click.echo(f"{counted(loaded.messages, 'message')} loaded{empty}, {loaded.discarded} discarded{skipped}")
+    empty = f", {loaded['empty']} of them without content" if loaded["empty"] else ""
+    skipped = f", {loaded['skipped']} skipped" if loaded["skipped"] else ""
+    click.echo(f"{counted(loaded['added'], 'message')} loaded{empty}, {loaded['discarded']} discarded{skipped}")
     for remark, number in (+remarks).items():
         click.echo(f"{counted(number, 'message')} {remark}", err=True)
 
@@ -150,13 +150,8 @@ def given_ids(context: click.Context, option: click.Parameter, values: tuple[str
     return tuple(one for one in values if one != "-") + tuple(lines)
 
 
-id_option = click.option(
-    "--id",
-    metavar="ID",
-    multiple=True,
-    callback=given_ids,
-    help="Only the message with this id, or with -, those on standard input, one per line. Repeatable.",
-)
+of_this_id = "Only the message with this id, or with -, those on standard input, one per line. Repeatable."
+id_option = click.option("--id", metavar="ID", multiple=True, callback=given_ids, help=of_this_id)
 
 
 def say_missing(ids: tuple[str, ...], limit: int | None, found: int) -> None:
@@ -272,20 +267,19 @@ def queues(deliverable: bool, sort: str, limit: int | None, as_json: bool, **cri
 @click.option("--content", is_flag=True, help="With the content, so that `flask load` can read the messages.")
 def messages(limit: int | None, content: bool, **criteria: Any) -> None:
     """Print messages, one JSON object per line. If one cannot be read, the others are printed nevertheless."""
-    unreadable = 0
+    unreadable: list[str] = []
 
     def readable() -> Iterator[str]:
-        nonlocal unreadable
         for row, data in registry.messages(Criteria(**criteria), limit, content):
             try:
                 yield to_ascii_json(shown_message(row, data))
             except (ValueError, RecursionError) as error:
                 click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
-                unreadable += 1
+                unreadable.append(row.id)
 
-    found = print_lines(readable())
-    say_missing(criteria["id"], limit, found + unreadable)
-    sys.exit(min(unreadable, 1))
+    found = print_lines(readable()) + len(unreadable)
+    say_missing(criteria["id"], limit, found)
+    sys.exit(bool(unreadable))
 
 
 @click.command(cls=StoreCommand)
@@ -360,9 +354,9 @@ def prune(before: float, dry_run: bool) -> None:
     They are removed a few at a time, so that nobody waits. A rebind whose records are gone cannot be undone. Its
     Idempotency-Key is forgotten too: the same request, sent again, is done again.
     """
-    pruned = prune_log(registry.database, before, dry_run)
+    old_records, old_rebinds = prune_log(registry.database, before, dry_run)
     done = "would be removed" if dry_run else "removed"
-    click.echo(f"{counted(pruned.records, 'record')} and {counted(pruned.rebinds, 'rebind')} {done}")
+    click.echo(f"{counted(old_records, 'record')} and {counted(old_rebinds, 'rebind')} {done}")
 
 
 def login() -> str:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -214,23 +214,18 @@ def response(code: int, content: str, command: str | None = None) -> dict[str, A
     return {"code": code, "enhanced_code": numbers, "content": line, "command": command}
 
 
-class Pruned(NamedTuple):
-    """How much was removed."""
+def prune(database: Database, before: float, dry_run: bool = False) -> tuple[int, int]:
+    """Remove the records and the history of before this time, in seconds since 1970: how many of each there were.
 
-    records: int
-    rebinds: int
-
-
-def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
-    """Remove, or with `dry_run` count, the records and the history of before this time, in seconds since 1970.
-
-    It takes many short transactions, and pauses after each as long as it took, so that nobody waits. A rebind leaves
-    the history together with the last of its records. Raises StoreUnavailable, which says what was removed before.
+    dry_run: only count them. Otherwise it takes many short transactions, and pauses after each as long as it took, so
+    that nobody waits. A rebind leaves the history with the last of its records. Raises StoreUnavailable, which says
+    what was removed before.
     """
     old, old_rebinds = _time < before, rebinds.c.event_time < before
     if dry_run:
         with database.autocommit() as db:
-            return Pruned(*(db.scalar(sa.select(sa.func.count()).where(which)) or 0 for which in (old, old_rebinds)))
+            records, history = (db.scalar(sa.select(sa.func.count()).where(each)) or 0 for each in (old, old_rebinds))
+            return records, history
     forgotten = sa.delete(rebinds).where(old_rebinds, ~sa.select(log.c.key).where(of_rebind(rebinds.c)).exists())
     removed = rebinds_removed = done = 0
     at_once = PRUNED_AT_ONCE
@@ -251,7 +246,7 @@ def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
         time.sleep(time.monotonic() - start)  # SQLite has no queue of writers: whoever waits needs time to try
     with database.begin_write() as db:
         rebinds_removed += db.execute(forgotten).rowcount  # those without records
-    return Pruned(removed, rebinds_removed)
+    return removed, rebinds_removed
 
 
 def _next_key(database: Database, after: int, old: sa.ColumnElement[bool]) -> int | None:
