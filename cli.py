@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from itertools import chain, count
-from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -59,11 +58,11 @@ def time_of(text: str) -> float:
 LIMIT = click.IntRange(1, schemas.MAX_LIMIT)
 KEY = click.IntRange(0, 2**63 - 1)  # the last that both engines can give to a record
 SORT: dict[str, Callable[[QueueSummary], Any]] = {
-    "name": attrgetter("queue"),
+    "name": lambda one: one.queue,
     "messages": lambda one: -one.messages,
     "due": lambda one: -one.due,
     "overdue": lambda one: math.inf if one.due_since is None else one.due_since,
-    "oldest": attrgetter("oldest"),
+    "oldest": lambda one: one.oldest,
 }
 OF_QUEUES = ("queue", "routing_domain", "domain", "tenant", "campaign")  # the fields of Criteria, last option first
 POLL = 0.5  # seconds between two looks for new records
@@ -117,9 +116,9 @@ def load(files: tuple[str, ...], skip_existing: bool) -> None:
             loaded = registry.load(chain.from_iterable(every_batch), skip_existing)
     except OSError as error:
         raise WrongFile(str(error)) from error
-    empty = f", {loaded.empty} of them without content" if loaded.empty else ""
-    skipped = f", {loaded.skipped} skipped" if loaded.skipped else ""
-    click.echo(f"{counted(loaded.messages, 'message')} loaded{empty}, {loaded.discarded} discarded{skipped}")
+    empty = f", {loaded['empty']} of them without content" if loaded["empty"] else ""
+    skipped = f", {loaded['skipped']} skipped" if loaded["skipped"] else ""
+    click.echo(f"{counted(loaded['added'], 'message')} loaded{empty}, {loaded['discarded']} discarded{skipped}")
     for remark, number in (+remarks).items():
         click.echo(f"{counted(number, 'message')} {remark}", err=True)
 
@@ -150,13 +149,8 @@ def given_ids(context: click.Context, option: click.Parameter, values: tuple[str
     return tuple(one for one in values if one != "-") + tuple(lines)
 
 
-id_option = click.option(
-    "--id",
-    metavar="ID",
-    multiple=True,
-    callback=given_ids,
-    help="Only the message with this id, or with -, those on standard input, one per line. Repeatable.",
-)
+of_this_id = "Only the message with this id, or with -, those on standard input, one per line. Repeatable."
+id_option = click.option("--id", metavar="ID", multiple=True, callback=given_ids, help=of_this_id)
 
 
 def say_missing(ids: tuple[str, ...], limit: int | None, found: int) -> None:
@@ -179,7 +173,7 @@ def say_missing(ids: tuple[str, ...], limit: int | None, found: int) -> None:
 @click.option("--limit", metavar="N", help="Handle at most N messages, those due soonest.")
 @click.option("--undo", metavar="REBIND_ID", help="Take back what this rebind did.")
 @click.option("--idempotency-key", "key", metavar="KEY", help="If done before with this key, only repeat its answer.")
-@click.option("--dry-run", is_flag=True, help="Show the plan and change nothing.")
+@click.option("--dry-run", flag_value="true", help="Show the plan and change nothing.")
 def rebind(everything: bool, **options: Any) -> None:
     """Move messages into other queues, as POST /api/admin/rebind/v1 does, but on the database itself."""
     try:
@@ -209,9 +203,8 @@ def request_of(options: dict[str, Any]) -> RebindRequest:
     key, data = options.pop("key"), schemas.parse_json(os.fsencode(options.pop("data")))
     set_one_by_one = dict(map(key_and_value, options.pop("sets")))
     query = {name: options.pop(name) for name in schemas.RebindQuerySchema().fields}
-    query["dry_run"] = str(query["dry_run"]).lower()
     given = {
-        name: [*value] if isinstance(value, tuple) else [value] for name, value in query.items() if value is not None
+        name: [value] if isinstance(value, str) else [*value] for name, value in query.items() if value is not None
     }
     body = options | {"data": data | set_one_by_one if isinstance(data, dict) else data}
     parsed_key = schemas.idempotency_key(None if key is None else json.dumps(key))
@@ -250,8 +243,8 @@ def queues(deliverable: bool, sort: str, limit: int | None, as_json: bool, **cri
     found = [one for one in registry.queues(Criteria(**criteria)) if not (deliverable and state_of(one.queue))]
     shown = sorted(found, key=SORT[sort])[:limit]
     if as_json:
-        names = ({**asdict(QueueName.parse(one.queue)), "state": state_of(one.queue)} for one in shown)
-        print_lines(to_ascii_json(asdict(one) | name) for one, name in zip(shown, names, strict=True))
+        each = (asdict(one) | asdict(QueueName.parse(one.queue)) | {"state": state_of(one.queue)} for one in shown)
+        print_lines(map(to_ascii_json, each))
         return
     now = time.time()
     rows = []
@@ -272,20 +265,19 @@ def queues(deliverable: bool, sort: str, limit: int | None, as_json: bool, **cri
 @click.option("--content", is_flag=True, help="With the content, so that `flask load` can read the messages.")
 def messages(limit: int | None, content: bool, **criteria: Any) -> None:
     """Print messages, one JSON object per line. If one cannot be read, the others are printed nevertheless."""
-    unreadable = 0
+    unreadable: list[str] = []
 
     def readable() -> Iterator[str]:
-        nonlocal unreadable
         for row, data in registry.messages(Criteria(**criteria), limit, content):
             try:
                 yield to_ascii_json(shown_message(row, data))
             except (ValueError, RecursionError) as error:
                 click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
-                unreadable += 1
+                unreadable.append(row.id)
 
-    found = print_lines(readable())
-    say_missing(criteria["id"], limit, found + unreadable)
-    sys.exit(min(unreadable, 1))
+    found = print_lines(readable()) + len(unreadable)
+    say_missing(criteria["id"], limit, found)
+    sys.exit(bool(unreadable))
 
 
 @click.command(cls=StoreCommand)
@@ -338,8 +330,7 @@ def history(since: float | None, limit: int | None, as_json: bool) -> None:
 
 def as_options(asked: dict[str, Any]) -> str:
     """What was asked, except the reason, as options of `flask rebind`. Of several ids, it shows how many they are."""
-    has_criteria = asked.keys() & {"undo", *vars(EVERYTHING)}
-    words = [] if has_criteria else ["--everything"]
+    words = [] if asked.keys() & {"undo", *vars(EVERYTHING)} else ["--everything"]
     for name in sorted(asked.keys() - {"reason"}):
         option, given = f"--{name.replace('_', '-')}", asked[name]
         if name == "data":
@@ -360,9 +351,9 @@ def prune(before: float, dry_run: bool) -> None:
     They are removed a few at a time, so that nobody waits. A rebind whose records are gone cannot be undone. Its
     Idempotency-Key is forgotten too: the same request, sent again, is done again.
     """
-    pruned = prune_log(registry.database, before, dry_run)
+    old_records, old_rebinds = prune_log(registry.database, before, dry_run)
     done = "would be removed" if dry_run else "removed"
-    click.echo(f"{counted(pruned.records, 'record')} and {counted(pruned.rebinds, 'rebind')} {done}")
+    click.echo(f"{counted(old_records, 'record')} and {counted(old_rebinds, 'rebind')} {done}")
 
 
 def login() -> str:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -23,11 +23,6 @@ from tables import log, rebinds
 PRUNED_AT_ONCE = 5000  # keys of the log per transaction
 FEWER = 50  # if that fails, for example because the disk is full
 MAX_ATTEMPTS = 65535  # that a reader of KumoMTA's records takes
-OWN_FIELDS = {
-    *("key", "type", "id", "sender", "recipient", "queue", "size", "timestamp", "created", "event_time"),
-    *("created_time", "num_attempts", "reception_protocol", "meta", "nodeid", "rebind_id", "old_queue", "actor"),
-}
-"""What a record says by its columns, and no `details` can change."""
 
 # As the driver reads them: a document that Python cannot read must not hide other records.
 _DOCUMENTS = ("meta", "new_meta", "details", "recipient", "new_recipient")
@@ -36,6 +31,9 @@ _COLUMNS = [sa.cast(c, sa.Text).label(c.name) if c.name in _DOCUMENTS else c for
 # SQLAlchemy's own rows take longer to be read than a record to be made of them.
 _Row = namedtuple("_Row", [c.name for c in _SHOWN])  # type: ignore[misc]
 _Rebind = namedtuple("_Rebind", rebinds.c.keys())  # type: ignore[misc]
+# What a record says by its columns, and no `details` can change.
+OWN_FIELDS = {*_Row._fields, "timestamp", "created_time", "reception_protocol", "actor"}
+_UNKNOWN = dict.fromkeys(("egress_pool", "egress_source", "source_address", "feedback_report", "delivery_protocol"))
 _event_time = lru_cache(rfc3339)  # all records of a rebind have the same one
 _time_of_rebind = sa.select(rebinds.c.event_time).where(rebinds.c.rebind_id == log.c.rebind_id).scalar_subquery()
 _time = sa.func.coalesce(log.c.event_time, _time_of_rebind)
@@ -78,12 +76,10 @@ EVERY_RECORD = LogFilter()
 def records(
     database: Database, after: int | None = None, poll: float | None = None, wanted: LogFilter = EVERY_RECORD
 ) -> Iterator[dict[str, Any]]:
-    """The delivery log's records, oldest first.
+    """The delivery log's records, oldest first. Raises UnknownRebind, StoreUnusable and StoreUnavailable.
 
-    after: only those with keys greater than this one.
-    poll: do not end, but look for new ones every so many seconds.
+    after: only those with greater keys. poll: do not end, but look for new ones every so many seconds.
     With either, no record can come later that has a smaller key than one of these: it waits for those who are writing.
-    Raises UnknownRebind, StoreUnusable and StoreUnavailable.
     """
     key, size, waits = after or 0, FIRST_ROWS, after is not None or poll is not None
     rebinds_read: dict[str, Any] = {}
@@ -149,11 +145,7 @@ def _record(row: Any, rebind: Any) -> dict[str, Any]:
         "created_time": rfc3339(row.created),
         "num_attempts": min(max(row.num_attempts, 0), MAX_ATTEMPTS),
         "bounce_classification": "Uncategorized",
-        "egress_pool": None,
-        "egress_source": None,
-        "source_address": None,
-        "feedback_report": None,
-        "delivery_protocol": None,
+        **_UNKNOWN,
         "reception_protocol": reception if isinstance(reception, str) else None,
         "meta": meta,
         "headers": {},
@@ -214,23 +206,18 @@ def response(code: int, content: str, command: str | None = None) -> dict[str, A
     return {"code": code, "enhanced_code": numbers, "content": line, "command": command}
 
 
-class Pruned(NamedTuple):
-    """How much was removed."""
+def prune(database: Database, before: float, dry_run: bool = False) -> tuple[int, int]:
+    """Remove the records and the history of before this time, in seconds since 1970: how many of each there were.
 
-    records: int
-    rebinds: int
-
-
-def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
-    """Remove, or with `dry_run` count, the records and the history of before this time, in seconds since 1970.
-
-    It takes many short transactions, and pauses after each as long as it took, so that nobody waits. A rebind leaves
-    the history together with the last of its records. Raises StoreUnavailable, which says what was removed before.
+    dry_run: only count them. Otherwise it takes many short transactions, and pauses after each as long as it took, so
+    that nobody waits. A rebind leaves the history with the last of its records. Raises StoreUnavailable, which says
+    what was removed before.
     """
     old, old_rebinds = _time < before, rebinds.c.event_time < before
     if dry_run:
         with database.autocommit() as db:
-            return Pruned(*(db.scalar(sa.select(sa.func.count()).where(which)) or 0 for which in (old, old_rebinds)))
+            records, history = (db.scalar(sa.select(sa.func.count()).where(each)) or 0 for each in (old, old_rebinds))
+            return records, history
     forgotten = sa.delete(rebinds).where(old_rebinds, ~sa.select(log.c.key).where(of_rebind(rebinds.c)).exists())
     removed = rebinds_removed = done = 0
     at_once = PRUNED_AT_ONCE
@@ -251,7 +238,7 @@ def prune(database: Database, before: float, dry_run: bool = False) -> Pruned:
         time.sleep(time.monotonic() - start)  # SQLite has no queue of writers: whoever waits needs time to try
     with database.begin_write() as db:
         rebinds_removed += db.execute(forgotten).rowcount  # those without records
-    return Pruned(removed, rebinds_removed)
+    return removed, rebinds_removed
 
 
 def _next_key(database: Database, after: int, old: sa.ColumnElement[bool]) -> int | None:

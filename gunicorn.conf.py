@@ -43,7 +43,6 @@ UNREAD = 16 * 1024 * 1024  # bytes of a refused body that are read and thrown aw
 STEP = 64 * 1024  # bytes of it that are read at once
 SILENCE = 10  # seconds that a client may be silent within a request; gthread sets no limit, and each holds a thread
 
-
 hear_stop = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP)  # those that were held back are delivered
 os.register_at_fork(after_in_parent=hear_stop)
 

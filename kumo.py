@@ -75,10 +75,7 @@ NOT_NULL = {*REQUIRED, "meta"}
 
 
 def _object(given: Any, fields: Fields, others: bool = False) -> dict[Any, Any]:
-    """The fields of an object that are not null. Raises ValidationError, with all that is wrong.
-
-    others: it may have fields that nobody reads.
-    """
+    """The fields that are not null. Raises ValidationError, with all that is wrong. others: there may be others."""
     if not isinstance(given, dict):
         raise ValidationError("Invalid input type.")
     found = {}

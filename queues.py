@@ -6,6 +6,7 @@ process and host that is bound to the same database sees the same queues.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -42,15 +43,6 @@ class QueueSummary:
     due_since: float | None  # since when the first of those is due, in seconds since 1970
     oldest: float  # when the oldest of its messages was received, in seconds since 1970
     attempts: int  # the most attempts that one of its messages has had
-
-
-class Loaded(NamedTuple):
-    """How many messages were added, how many of those have no content, and how many were discarded or skipped."""
-
-    messages: int
-    empty: int
-    discarded: int
-    skipped: int
 
 
 class DuplicateMessage(Exception):
@@ -127,14 +119,15 @@ class QueueRegistry:
         plan = Plan.of(pairs)
         return RebindResult(plan.matched, plan.moved, _flushed(request, plan.matched, plan.moved), left, plan=plan)
 
-    def load(self, new: Iterable[NewMessage], skip_existing: bool = False) -> Loaded:
+    def load(self, new: Iterable[NewMessage], skip_existing: bool = False) -> Counter[str]:
         """Add messages, all or none of them, except those for the queue `null`, which are discarded.
 
         skip_existing: pass over messages whose ids are there already.
+        Returns how many were added, how many of those are empty (no content), and how many were discarded or skipped.
         Raises DuplicateMessage, StoreRefused and StoreUnavailable, and ValueError if a recipient has no domain.
         """
         backend = self.database.backend
-        added = empty = discarded = skipped = 0
+        numbers: Counter[str] = Counter()
         with self.database.begin_write() as db:
             now = backend.now(db)
             for batch in batches(new, lambda one: len(one.content)):
@@ -144,11 +137,11 @@ class QueueRegistry:
                 if rows:
                     backend.insert(db, messages, rows)
                     backend.insert(db, contents, held)
-                added += len(rows)
-                empty += sum(not row["size"] for row in rows)
-                discarded += len(missing) - len(rows)
-                skipped += len(batch) - len(missing)
-        return Loaded(added, empty, discarded, skipped)
+                numbers["added"] += len(rows)
+                numbers["empty"] += sum(not row["size"] for row in rows)
+                numbers["discarded"] += len(missing) - len(rows)
+                numbers["skipped"] += len(batch) - len(missing)
+        return numbers
 
     def queues(self, criteria: Criteria = EVERYTHING) -> list[QueueSummary]:
         """The queues that match, by name. Raises StoreUnavailable."""

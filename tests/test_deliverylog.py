@@ -17,7 +17,6 @@ from waiting import PATIENCE
 
 import deliverylog
 import tables
-from deliverylog import Pruned
 from history import NODEID, NothingToUndo, UnknownRebind
 from queues import QueueRegistry
 from rebinding import RebindResult
@@ -242,10 +241,10 @@ def test_who_only_prints_the_log_waits_for_nobody(queues: QueueRegistry, url: st
 
 
 @pytest.fixture
-def prune(queues: QueueRegistry, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], Pruned]:
+def prune(queues: QueueRegistry, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], tuple[int, int]]:
     """Prune what is there by now, at most two records in a transaction, and call what is given after each."""
 
-    def prune(between: Callable[[], object]) -> Pruned:
+    def prune(between: Callable[[], object]) -> tuple[int, int]:
         clock = itertools.count()  # by which each transaction takes a second
 
         def sleep(seconds: float) -> None:
@@ -260,7 +259,7 @@ def prune(queues: QueueRegistry, monkeypatch: pytest.MonkeyPatch) -> Callable[[C
 
 
 def test_while_its_records_are_pruned_a_rebind_cannot_be_undone_and_its_history_goes_with_the_last(
-    queues: QueueRegistry, url: str, prune: Callable[[Callable[[], object]], Pruned]
+    queues: QueueRegistry, url: str, prune: Callable[[Callable[[], object]], tuple[int, int]]
 ) -> None:
     """One that wrote no records leaves the history at the end."""
     queues.load([message() for _ in range(4)])
@@ -272,7 +271,7 @@ def test_while_its_records_are_pruned_a_rebind_cannot_be_undone_and_its_history_
             undo(queues, first)
         seen.append((len(logged(url)), [row["rebind_id"] for row in history(url)], str(refused.value)))
 
-    assert prune(look) == Pruned(records=4, rebinds=2)
+    assert prune(look) == (4, 2)
     in_part = f"the rebind {first.rebind_id} cannot be undone: 2 of its 4 records are there"
     pruned = f"the history has no rebind {first.rebind_id}: it was never done, or it has been pruned"
     assert seen == [(2, [first.rebind_id, suppressed.rebind_id], in_part), (0, [suppressed.rebind_id], pruned)]
@@ -280,7 +279,7 @@ def test_while_its_records_are_pruned_a_rebind_cannot_be_undone_and_its_history_
 
 
 def test_a_prune_passes_over_what_stays_and_lets_others_write_after_each_of_its_transactions(
-    queues: QueueRegistry, url: str, prune: Callable[[Callable[[], object]], Pruned]
+    queues: QueueRegistry, url: str, prune: Callable[[Callable[[], object]], tuple[int, int]]
 ) -> None:
     """Of 32 records, in groups of the same age, it removes 8, at most 2 in a transaction."""
 
@@ -290,12 +289,12 @@ def test_a_prune_passes_over_what_stays_and_lets_others_write_after_each_of_its_
 
     for event_time in [1] * 5 + [3e9] * 12 + [1] * 3 + [3e9] * 12:
         write(event_time)
-    assert prune(lambda: write(4e9)) == Pruned(records=8, rebinds=0)
+    assert prune(lambda: write(4e9)) == (8, 0)
     assert len(logged(url)) == 32 - 8 + 5
 
 
 def test_a_rebind_that_is_done_while_a_prune_runs_keeps_its_history_and_its_records(
-    queues: QueueRegistry, url: str, prune: Callable[[Callable[[], object]], Pruned]
+    queues: QueueRegistry, url: str, prune: Callable[[Callable[[], object]], tuple[int, int]]
 ) -> None:
     """Its first record is among those that the next transaction looks at. The second rebind writes none."""
     queues.load([message() for _ in range(3)])
@@ -305,7 +304,7 @@ def test_a_rebind_that_is_done_while_a_prune_runs_keeps_its_history_and_its_reco
     def rebind() -> None:
         later.append(ask(queues, {"tenant": "new"}, suppress_logging=bool(later)))
 
-    assert prune(rebind) == Pruned(records=3, rebinds=1)
+    assert prune(rebind) == (3, 1)
     assert [row["rebind_id"] for row in history(url)] == [each.rebind_id for each in later]
     assert [record["rebind_id"] for record in logged(url)] == [later[0].rebind_id] * 3
     assert undo(queues, later[0]).matched == 3

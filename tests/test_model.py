@@ -292,7 +292,8 @@ def compare(url: str, registry: QueueRegistry, new: list[NewMessage], session: l
     empty(url)
     start = time.time()
     kept = [each for each in new if each.meta.get("queue") != "null"]
-    assert registry.load(new)[::2] == (len(kept), len(new) - len(kept))
+    loaded = registry.load(new)
+    assert (loaded["added"], loaded["discarded"]) == (len(kept), len(new) - len(kept))
     model = Model([as_loaded(each, row) for each, row in zip(kept, stored(url), strict=True)])
     assert stored(url) == model.rows
     assert all(start <= row["created"] <= time.time() for row in model.rows)
