@@ -169,9 +169,9 @@ def _meta(row: Any, rebind: Any) -> Any:
     return meta | rebind.request["data"]
 
 
-def _document(text: str | None) -> Any:
+def _document(text: str) -> Any:
     try:
-        return None if text is None else from_json(text)
+        return from_json(text)
     except (ValueError, RecursionError):
         return text
 
