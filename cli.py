@@ -281,13 +281,13 @@ def messages(limit: int | None, content: bool, **criteria: Any) -> None:
 @click.command(cls=StoreCommand)
 @queue_options
 @click.option("--follow", is_flag=True, help="Continue with new records as they are written.")
-@click.option("--after", metavar="KEY", type=KEY, default=0, help="Start after the record with this key.")
+@click.option("--after", metavar="KEY", type=KEY, help="Start after the record with this key.")
 @click.option("--type", metavar="TYPE", help="Only records of this type, such as AdminRebind, Delivery or Bounce.")
 @click.option("--id", metavar="ID", help="Only records of the message with this id.")
 @click.option("--rebind-id", metavar="ID", help="Only what this rebind wrote.")
 @click.option("--since", metavar="TIME", type=time_of, help="Only records from this time on (UTC by default).")
 @click.option("--until", metavar="TIME", type=time_of, help="Only records before this time.")
-def log(follow: bool, after: int, **wanted: Any) -> None:
+def log(follow: bool, after: int | None, **wanted: Any) -> None:
     """Print the delivery log, oldest first: one JSON object per line, in the shape of KumoMTA's log records.
 
     A record of a rebind is of the queue before it, and of the one after it.
