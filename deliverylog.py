@@ -209,9 +209,8 @@ def response(code: int, content: str, command: str | None = None) -> dict[str, A
 def prune(database: Database, before: float, dry_run: bool = False) -> tuple[int, int]:
     """Remove the records and the history of before this time, in seconds since 1970: how many of each there were.
 
-    dry_run: only count them. Otherwise it takes many short transactions, and pauses after each as long as it took, so
-    that nobody waits. A rebind leaves the history with the last of its records. Raises StoreUnavailable, which says
-    what was removed before.
+    dry_run: only count them. Many short transactions, with a pause after each, keep nobody waiting. A rebind leaves
+    the history with the last of its records. Raises StoreUnavailable, which says what was removed before.
     """
     old, old_rebinds = _time < before, rebinds.c.event_time < before
     if dry_run:
