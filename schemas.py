@@ -202,8 +202,7 @@ _STRING = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"')
 
 def rebind_query(args: Mapping[str, list[str]]) -> dict[str, Any]:
     """The query parameters, with a tuple for each of REPEATABLE. Raises QueryError."""
-    repeated = [name for name, values in args.items() if len(values) > 1 and name not in REPEATABLE]
-    if repeated:
+    if repeated := [name for name, values in args.items() if len(values) > 1 and name not in REPEATABLE]:
         raise QueryError({name: ["Given more than once."] for name in repeated})
     given = {name: values if name in REPEATABLE else values[0] for name, values in args.items()}
     try:
