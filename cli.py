@@ -28,10 +28,9 @@ import click
 from flask import Flask
 from marshmallow import ValidationError
 
+import deliverylog
 import event
 import schemas
-from deliverylog import LogFilter, records
-from deliverylog import prune as prune_log
 from display import UNITS, age, counted, on_terminal, print_lines, print_table
 from history import KeyReused, NothingToUndo, UnknownRebind, rebinds_done
 from kumo import WrongFile, read_messages, shown_message
@@ -186,8 +185,7 @@ def rebind(everything: bool, **options: Any) -> None:
         raise click.UsageError("give a criterion, or --everything for all queues")
     result = rebound(request)
     if result.plan is not None:
-        rows = [(move.source, move.to, move.messages) for move in result.plan.moves]
-        print_table(("from", "to", "messages"), rows)
+        print_table(("from", "to", "messages"), result.plan.moves)
         if result.plan.more:
             click.echo(f"and {counted(result.plan.more, 'more pair')} of queues")
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
@@ -283,13 +281,13 @@ def messages(limit: int | None, content: bool, **criteria: Any) -> None:
 @click.command(cls=StoreCommand)
 @queue_options
 @click.option("--follow", is_flag=True, help="Continue with new records as they are written.")
-@click.option("--after", metavar="KEY", type=KEY, default=0, help="Start after the record with this key.")
+@click.option("--after", metavar="KEY", type=KEY, help="Start after the record with this key.")
 @click.option("--type", metavar="TYPE", help="Only records of this type, such as AdminRebind, Delivery or Bounce.")
 @click.option("--id", metavar="ID", help="Only records of the message with this id.")
 @click.option("--rebind-id", metavar="ID", help="Only what this rebind wrote.")
 @click.option("--since", metavar="TIME", type=time_of, help="Only records from this time on (UTC by default).")
 @click.option("--until", metavar="TIME", type=time_of, help="Only records before this time.")
-def log(follow: bool, after: int, **wanted: Any) -> None:
+def log(follow: bool, after: int | None, **wanted: Any) -> None:
     """Print the delivery log, oldest first: one JSON object per line, in the shape of KumoMTA's log records.
 
     A record of a rebind is of the queue before it, and of the one after it.
@@ -299,7 +297,8 @@ def log(follow: bool, after: int, **wanted: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         threading.Thread(target=end_with_the_reader, daemon=True).start()
     criteria = Criteria(**{name: wanted.pop(name) for name in OF_QUEUES})
-    found = records(registry.database, after, POLL if follow else None, LogFilter(**wanted, criteria=criteria))
+    which = deliverylog.LogFilter(**wanted, criteria=criteria)
+    found = deliverylog.records(registry.database, after, POLL if follow else None, which)
     if not print_lines(map(to_ascii_json, found), each_at_once=follow):
         click.echo("no record found", err=True)
 
@@ -351,7 +350,7 @@ def prune(before: float, dry_run: bool) -> None:
     They are removed a few at a time, so that nobody waits. A rebind whose records are gone cannot be undone. Its
     Idempotency-Key is forgotten too: the same request, sent again, is done again.
     """
-    old_records, old_rebinds = prune_log(registry.database, before, dry_run)
+    old_records, old_rebinds = deliverylog.prune(registry.database, before, dry_run)
     done = "would be removed" if dry_run else "removed"
     click.echo(f"{counted(old_records, 'record')} and {counted(old_rebinds, 'rebind')} {done}")
 

@@ -33,7 +33,6 @@ _Row = namedtuple("_Row", [c.name for c in _SHOWN])  # type: ignore[misc]
 _Rebind = namedtuple("_Rebind", rebinds.c.keys())  # type: ignore[misc]
 # What a record says by its columns, and no `details` can change.
 OWN_FIELDS = {*_Row._fields, "timestamp", "created_time", "reception_protocol", "actor"}
-_UNKNOWN = dict.fromkeys(("egress_pool", "egress_source", "source_address", "feedback_report", "delivery_protocol"))
 _event_time = lru_cache(rfc3339)  # all records of a rebind have the same one
 _time_of_rebind = sa.select(rebinds.c.event_time).where(rebinds.c.rebind_id == log.c.rebind_id).scalar_subquery()
 _time = sa.func.coalesce(log.c.event_time, _time_of_rebind)
@@ -145,7 +144,11 @@ def _record(row: Any, rebind: Any) -> dict[str, Any]:
         "created_time": rfc3339(row.created),
         "num_attempts": min(max(row.num_attempts, 0), MAX_ATTEMPTS),
         "bounce_classification": "Uncategorized",
-        **_UNKNOWN,
+        "egress_pool": None,
+        "egress_source": None,
+        "source_address": None,
+        "feedback_report": None,
+        "delivery_protocol": None,
         "reception_protocol": reception if isinstance(reception, str) else None,
         "meta": meta,
         "headers": {},
@@ -169,9 +172,9 @@ def _meta(row: Any, rebind: Any) -> Any:
     return meta | rebind.request["data"]
 
 
-def _document(text: str | None) -> Any:
+def _document(text: str) -> Any:
     try:
-        return None if text is None else from_json(text)
+        return from_json(text)
     except (ValueError, RecursionError):
         return text
 
@@ -209,9 +212,8 @@ def response(code: int, content: str, command: str | None = None) -> dict[str, A
 def prune(database: Database, before: float, dry_run: bool = False) -> tuple[int, int]:
     """Remove the records and the history of before this time, in seconds since 1970: how many of each there were.
 
-    dry_run: only count them. Otherwise it takes many short transactions, and pauses after each as long as it took, so
-    that nobody waits. A rebind leaves the history with the last of its records. Raises StoreUnavailable, which says
-    what was removed before.
+    dry_run: only count them. Many short transactions, with a pause after each, keep nobody waiting. A rebind leaves
+    the history with the last of its records. Raises StoreUnavailable, which says what was removed before.
     """
     old, old_rebinds = _time < before, rebinds.c.event_time < before
     if dry_run:

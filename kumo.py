@@ -42,17 +42,16 @@ def read_messages(file: IO[bytes], remarks: Counter[str]) -> Iterator[NewMessage
             yield from _new_messages(document, f"{file.name}:{line}", remarks)
     except NotJSON as error:
         raise WrongFile(f"{file.name}:{error.line}: this is not valid JSON: {error}") from error
+    except ValidationError as error:
+        raise WrongFile(f"{file.name}:{line}: {in_a_line(error.messages)}") from error
 
 
 def _new_messages(document: Any, source: str, remarks: Counter[str]) -> Iterator[NewMessage]:
-    """The messages of one answer; `source` says where it stands. Raises WrongFile."""
-    try:
-        if isinstance(document, dict) and "messages" in document:
-            queue = _object(document, INSPECTED_QUEUE, others=True)
-        else:
-            queue = {"messages": [_answer(document)]}
-    except ValidationError as error:
-        raise WrongFile(f"{source}: {in_a_line(error.messages)}") from error
+    """The messages of one answer; `source` says where it stands. Raises ValidationError."""
+    if isinstance(document, dict) and "messages" in document:
+        queue = _object(document, INSPECTED_QUEUE, others=True)
+    else:
+        queue = {"messages": [_answer(document)]}
     remarks[MISSING] += max(queue.get("num_scheduled", 0) - len(queue["messages"]), 0)
     for answer in queue["messages"]:
         message = answer["message"]

@@ -145,18 +145,13 @@ def _can_be_stored(value: str) -> None:
         raise ValidationError(str(error)) from None
 
 
+def _is_boolean(value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValidationError("Not a valid boolean.")
+
+
 text = partial(fields.String, validate=_can_be_stored)
-
-
-class StrictBoolean(fields.Boolean):
-    """`true` or `false`, and nothing that marshmallow would convert to them."""
-
-    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> bool:
-        if not isinstance(value, bool):
-            raise self.make_error("invalid", input=value)
-        return value
-
-
+flag = partial(fields.Raw, validate=_is_boolean, load_default=False)  # fields.Boolean takes 1 and "yes" too
 A_LIMIT = validate.Regexp(r"[1-9][0-9]{0,17}\Z", error="Not a whole number from 1 to 10^18 - 1.")
 FEW_KEYS = validate.Length(max=1000, error="Must not have more than {max} keys.")
 FEW_IDS = validate.Length(max=100_000, error="Must not be more than {max} ids.")
@@ -172,9 +167,9 @@ class RebindRequestSchema(Schema):
     tenant = text(allow_none=True, load_default=None)
     domain = text(allow_none=True, load_default=None)
     routing_domain = text(allow_none=True, load_default=None)
-    trigger_rebind_event = StrictBoolean(load_default=False)
-    always_flush = StrictBoolean(load_default=False)
-    suppress_logging = StrictBoolean(load_default=False)
+    trigger_rebind_event = flag()
+    always_flush = flag()
+    suppress_logging = flag()
 
     @validates_schema
     def _names_are_not_empty(self, body: dict[str, Any], **_: Any) -> None:
@@ -207,8 +202,7 @@ _STRING = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"')
 
 def rebind_query(args: Mapping[str, list[str]]) -> dict[str, Any]:
     """The query parameters, with a tuple for each of REPEATABLE. Raises QueryError."""
-    repeated = [name for name, values in args.items() if len(values) > 1 and name not in REPEATABLE]
-    if repeated:
+    if repeated := [name for name, values in args.items() if len(values) > 1 and name not in REPEATABLE]:
         raise QueryError({name: ["Given more than once."] for name in repeated})
     given = {name: values if name in REPEATABLE else values[0] for name, values in args.items()}
     try:

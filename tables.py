@@ -102,9 +102,7 @@ messages = sa.Table(
         "jsonb_typeof(meta) = 'object'",
     ),
     sa.CheckConstraint("size >= 0 AND num_attempts >= 0", name="counts_are_not_negative"),
-    _is_time("created"),
-    _is_time("due"),
-    _is_time("leased_until"),
+    *map(_is_time, ("created", "due", "leased_until")),
     postgresql_with={"fillfactor": 50},  # a changed row goes beside the old one: a rebind takes a quarter less time
 )
 
@@ -170,8 +168,7 @@ log = sa.Table(
     sa.Column("event_time", Seconds),
     sa.Column("nodeid", sa.Text),
     sa.Column("details", Document),  # the fields of the record beside those of every record
-    _is_time("created"),
-    _is_time("event_time"),
+    *map(_is_time, ("created", "event_time")),
     sa.CheckConstraint(f"type = '{RECORD_TYPES[0]}' OR type IN {RECORD_TYPES[1:]}", name="type_is_known"),
     sa.CheckConstraint("event_time IS NOT NULL OR rebind_id IS NOT NULL", name="event_time_or_rebind"),
     *_by_engine(

@@ -1,6 +1,7 @@
 """Tests of the delivery log: what records say, and who follows it or goes on after a key."""
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import pytest
 from databases import engine_for, history, listening, logged, names, new_database, nothing_changes, stored
 from factories import METAS, ask, change_all, connected_to, message, undo
 from sqlalchemy import insert, make_url, text
+from terminal import Flask
 from waiting import PATIENCE
 
 import deliverylog
@@ -229,12 +231,13 @@ def test_who_follows_the_log_does_not_wait_for_a_transaction_in_another_database
 
 
 @pytest.mark.postgresql
-def test_who_only_prints_the_log_waits_for_nobody(queues: QueueRegistry, url: str) -> None:
+def test_who_only_prints_the_log_waits_for_nobody(flask: Flask, queues: QueueRegistry, url: str) -> None:
     queues.load([message()])
     with engine_for(url).connect() as writer:
         writer.execute(delivery("open"))
         ask(queues)
-        assert [record["id"] for record in deliverylog.records(queues.database)] == [stored(url)[0]["id"]]
+        (line,) = flask("log")[1].splitlines()
+        assert json.loads(line)["id"] == stored(url)[0]["id"]
 
 
 # Pruning
