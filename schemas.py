@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -90,8 +91,7 @@ def _strictly(line: int = 1) -> Iterator[None]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise NotJSON(f"the key {twice[:40]!a} is given twice in one object")
     return members
 
