@@ -51,7 +51,7 @@ def time_of(text: str) -> float:
     for rest in ("", "Z", "T00:00:00Z"):
         with suppress(ValidationError):
             return schemas.seconds(text + rest)
-    raise click.BadParameter(f"{text!r} is not a time such as 2026-11-25, 2026-11-25T03:00:00Z, or 30d for 30 days ago")
+    raise click.BadParameter(f"{text!r} is not a time such as 2026-11-25, 2026-11-25T03:00:00Z, or 2h or 30d ago")
 
 
 LIMIT = click.IntRange(1, schemas.MAX_LIMIT)
@@ -128,13 +128,21 @@ def counter(label: str, counted: Iterable[Any] = count()) -> Any:
     return click.progressbar(counted, None, label, hidden, show_pos=True, file=sys.stderr, update_min_steps=1000)
 
 
+def once(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """The value of an option that is not repeatable. Of two, click would take the last one in silence."""
+    if len(values) > 1:
+        raise click.BadParameter("given more than once")
+    return values[0] if values else None
+
+
 def queue_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that pick queues."""
     for name in OF_QUEUES:
         option, of_these = f"--{name.replace('_', '-')}", f"Only queues of this {name.replace('_', ' ')}."
         if name == "queue":
             of_these = "Only the queue of this name. Repeatable."
-        command = click.option(option, metavar="NAME", multiple=name == "queue", help=of_these)(command)
+        check = None if name == "queue" else once
+        command = click.option(option, metavar="NAME", multiple=True, callback=check, help=of_these)(command)
     return command
 
 
@@ -142,7 +150,7 @@ def given_ids(context: click.Context, option: click.Parameter, values: tuple[str
     """The ids on the command line, those on standard input in the place of `-`."""
     if "-" not in values:
         return values
-    lines = [line for line in sys.stdin.read().split("\n") if line]
+    lines = [line for line in sys.stdin.read().replace("\r\n", "\n").split("\n") if line]
     if not lines:  # it would be as if --id were not given
         raise click.BadParameter("there is no id on standard input")
     return tuple(one for one in values if one != "-") + tuple(lines)
@@ -190,7 +198,7 @@ def rebind(everything: bool, **options: Any) -> None:
             click.echo(f"and {counted(result.plan.more, 'more pair')} of queues")
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
     say_missing(request.criteria.id, request.limit, result.matched)
-    for key in request.data if result.matched and not result.moved else ():
+    for key in () if result.moved else (*request.data, *request.unset):
         meant = get_close_matches(key, NAMING_KEYS, n=1, cutoff=0.8)
         if meant and meant[0] != key:
             click.echo(f"nothing moved; is {printable(key)} misspelt for {meant[0]}?", err=True)
@@ -199,7 +207,9 @@ def rebind(everything: bool, **options: Any) -> None:
 def request_of(options: dict[str, Any]) -> RebindRequest:
     """What these options of `flask rebind` ask for. Raises UsageError, NotJSON and ValidationError."""
     key, data = options.pop("key"), schemas.parse_json(os.fsencode(options.pop("data")))
-    set_one_by_one = dict(map(key_and_value, options.pop("sets")))
+    pairs = list(map(key_and_value, options.pop("sets")))
+    if len(set_one_by_one := dict(pairs)) < len(pairs):
+        raise click.UsageError("--set gives a key more than once")
     query = {name: options.pop(name) for name in schemas.RebindQuerySchema().fields}
     given = {
         name: [value] if isinstance(value, str) else [*value] for name, value in query.items() if value is not None

@@ -391,7 +391,7 @@ def test_it_is_the_person_who_asks_and_not_the_user_of_the_service(rebind: Path)
         pytest.skip("only root can become another user")
     script = rebind.read_text().replace(f"{sys.executable} wsgi.py", "printenv").replace(str(ROOT), "/")
     rebind.write_text(script.replace(f"runuser -u {getuser()}", "runuser -u nobody"))
-    rebind.with_name("rebind.env").write_text("PGSSLMODE=require\n")
+    rebind.with_name("rebind.env").write_text("PGSSLMODE = require\n")
     assert run(rebind, "LOGNAME", "PGSSLMODE", SUDO_USER="ada") == "ada\nrequire\n"
 
 
@@ -402,6 +402,8 @@ def test_the_environment_of_the_caller_takes_precedence(rebind: Path, tmp_path: 
 
 
 def test_by_itself_it_lists_our_commands_alone(rebind: Path) -> None:
+    rebind.with_name("rebind.env").write_text("export PGSSLMODE=require\n")
     done = subprocess.run([rebind], capture_output=True, text=True)
     listed = re.findall(r"^  (\w+)  ", done.stdout + done.stderr, re.MULTILINE)
+    assert "rebind.env is ignored: export PGSSLMODE=require\n" in done.stderr
     assert listed == ["history", "load", "log", "messages", "prune", "queues", "rebind"]

@@ -108,7 +108,7 @@ def test_the_page_tells_which_messages_an_undo_left_alone_and_why(queues: QueueR
     run_sql(url, "DELETE FROM messages WHERE id = 'gone'", "UPDATE messages SET queue = 'x' WHERE id = 'moved'")
     run_sql(url, 'UPDATE messages SET meta = \'{"queue": "stays", "b": 1}\' WHERE id = \'meta\'')
     back = undo(queues, first)
-    left = run(url, *LEFT_ALONE, rebind_id=first.rebind_id, undo_id=back.rebind_id)
+    left = run(url, *LEFT_ALONE, rebind_id=first.rebind_id)
     why = {"gone": "gone", "moved": "moved on to x", "meta": "changed"}
     assert {row["id"]: row["why"] for row in left} == why
     assert len(why) == back.left
