@@ -34,7 +34,6 @@ import schemas
 from display import UNITS, age, counted, on_terminal, print_lines, print_table
 from history import KeyReused, NothingToUndo, UnknownRebind, rebinds_done
 from kumo import WrongFile, read_messages, shown_message
-from message import to_ascii_json
 from moving import batches
 from names import EVERYTHING, NAMING_KEYS, Criteria, QueueName, state_of
 from queues import DuplicateMessage, QueueSummary, registry
@@ -63,7 +62,7 @@ SORT: dict[str, Callable[[QueueSummary], Any]] = {
     "overdue": lambda one: math.inf if one.due_since is None else one.due_since,
     "oldest": lambda one: one.oldest,
 }
-OF_QUEUES = ("queue", "routing_domain", "domain", "tenant", "campaign")  # the fields of Criteria, last option first
+OF_QUEUES = [name for name in vars(EVERYTHING) if name != "id"]  # the criteria of queues
 POLL = 0.5  # seconds between two looks for new records
 TELL = ("load", "prune")  # what cannot be taken back must not happen to another store unseen
 REFUSALS = (DuplicateMessage, WrongFile, event.NoHandler, event.HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
@@ -71,6 +70,14 @@ REFUSALS = (DuplicateMessage, WrongFile, event.NoHandler, event.HandlerFailed, U
 
 class StoreCommand(click.Command):
     """A command about the store. First it says which store, on a terminal or if it is one of TELL, and its version."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Refuse an option that is given twice and not repeatable: click would take the last one in silence."""
+        _, _, given = self.make_parser(context).parse_args([*args])
+        for option, times in Counter(given).items():
+            if isinstance(option, click.Option) and times > 1 and not (option.multiple or option.is_flag):
+                raise click.BadParameter("given more than once", context, option)
+        return super().parse_args(context, args)
 
     def invoke(self, context: click.Context) -> Any:
         """Run it. Raises click.ClickException, with one line that says why, if it is refused or fails."""
@@ -128,21 +135,13 @@ def counter(label: str, counted: Iterable[Any] = count()) -> Any:
     return click.progressbar(counted, None, label, hidden, show_pos=True, file=sys.stderr, update_min_steps=1000)
 
 
-def once(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> str | None:
-    """The value of an option that is not repeatable. Of two, click would take the last one in silence."""
-    if len(values) > 1:
-        raise click.BadParameter("given more than once")
-    return values[0] if values else None
-
-
 def queue_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that pick queues."""
-    for name in OF_QUEUES:
+    for name in reversed(OF_QUEUES):
         option, of_these = f"--{name.replace('_', '-')}", f"Only queues of this {name.replace('_', ' ')}."
         if name == "queue":
             of_these = "Only the queue of this name. Repeatable."
-        check = None if name == "queue" else once
-        command = click.option(option, metavar="NAME", multiple=True, callback=check, help=of_these)(command)
+        command = click.option(option, metavar="NAME", multiple=name == "queue", help=of_these)(command)
     return command
 
 
@@ -252,7 +251,7 @@ def queues(deliverable: bool, sort: str, limit: int | None, as_json: bool, **cri
     shown = sorted(found, key=SORT[sort])[:limit]
     if as_json:
         each = (asdict(one) | asdict(QueueName.parse(one.queue)) | {"state": state_of(one.queue)} for one in shown)
-        print_lines(map(to_ascii_json, each))
+        print_lines(map(json.dumps, each))
         return
     now = time.time()
     rows = []
@@ -278,7 +277,7 @@ def messages(limit: int | None, content: bool, **criteria: Any) -> None:
     def readable() -> Iterator[str]:
         for row, data in registry.messages(Criteria(**criteria), limit, content):
             try:
-                yield to_ascii_json(shown_message(row, data))
+                yield json.dumps(shown_message(row, data))
             except (ValueError, RecursionError) as error:
                 click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
                 unreadable.append(row.id)
@@ -309,7 +308,7 @@ def log(follow: bool, after: int | None, **wanted: Any) -> None:
     criteria = Criteria(**{name: wanted.pop(name) for name in OF_QUEUES})
     which = deliverylog.LogFilter(**wanted, criteria=criteria)
     found = deliverylog.records(registry.database, after, POLL if follow else None, which)
-    if not print_lines(map(to_ascii_json, found), each_at_once=follow):
+    if not print_lines(map(json.dumps, found), each_at_once=follow):
         click.echo("no record found", err=True)
 
 
@@ -329,7 +328,7 @@ def history(since: float | None, limit: int | None, as_json: bool) -> None:
     """List the rebinds that were done, newest first."""
     rebinds = rebinds_done(registry.database, since, limit)
     if as_json:
-        print_lines(map(to_ascii_json, rebinds))
+        print_lines(map(json.dumps, rebinds))
         return
     columns = ("when", "rebind_id", "matched", "moved", "actor", "what", "reason")
     for one in rebinds:

@@ -5,10 +5,9 @@ It is for workers in Python; others do the same with plain SQL. docs/contract.md
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -17,13 +16,19 @@ from history import NODEID
 from message import Message, domain_of, read_message
 from moving import MESSAGE_COLUMNS
 from names import DISCARDED, state_of
-from queues import claimable, registry
+from queues import claimable, queue_names, registry
 from rebinding import printable
 from tables import contents, log, messages
 
 DISCARD = 1000  # messages that one claim discards
-QUEUES = 16  # names that are looked up at once
 SPARE = 15  # queues that one claim looks at beyond `count`, since others may have been there first
+
+EVERY = 2**31 - 1  # queues
+
+_name, _now = queue_names().c.queue, sa.bindparam("now", type_=sa.Double)
+_has_work = sa.select(messages.c.id).where(messages.c.queue == _name, claimable(_now)).exists()
+# By name, from `:start` on. SQL finds them one by one, and so no more than `:limit`.
+DUE_QUEUES = sa.select(_name).where(_name.is_not(None), _has_work).limit(sa.bindparam("limit", type_=sa.Integer))
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ class Claim(Message):
 class _Place:
     """Where the next claim begins: after this queue, in the order of names. So each queue has its turn."""
 
-    queue: str | None = None
+    queue = ""
 
 
 def claim(count: int, lease: float) -> list[Claim]:
@@ -51,7 +56,7 @@ def claim(count: int, lease: float) -> list[Claim]:
     with registry.database.autocommit() as db:
         now = registry.database.backend.now(db)
         discards = db.scalar(_due(sa.select(messages.c.id), DISCARDED, now).limit(1)) is not None
-        names = list(islice(_deliverable_queues(db, now), count + SPARE))
+        names = _deliverable_queues(db, now, count + SPARE)[: count + SPARE]
     claims: list[Claim] = []
     if not (names or discards):
         return claims
@@ -67,20 +72,20 @@ def claim(count: int, lease: float) -> list[Claim]:
     return claims
 
 
-def _deliverable_queues(db: sa.Connection, now: float) -> Iterator[str]:
-    """The queues with something to deliver, beginning at the place, once around."""
-    ways = [(_Place.queue, None), (None, _Place.queue)] if _Place.queue is not None else [(None, None)]
-    for after, last in ways:
-        while names := registry.due_queues(db, now, after, last, QUEUES):
-            if not _is_exact(names[-1]):
-                yield from filter(_is_deliverable, registry.due_queues(db, now, after, last, None))
-                break
-            yield from filter(_is_deliverable, names)
-            after = names[-1]
+def _deliverable_queues(db: sa.Connection, now: float, wanted: int) -> list[str]:
+    """The first queues with something to deliver, beginning after the place, once around: `wanted`, or all."""
+    for limit in (2 * wanted, EVERY):
+        names = _due_queues(db, now, _Place.queue, limit)
+        if len(names) < limit:
+            names += _due_queues(db, now, "", limit)
+        found = [name for name in dict.fromkeys(names) if _is_exact(name) and state_of(name) is None]
+        if len(found) >= wanted or len(names) < limit:
+            break
+    return sorted(found, key=lambda name: name == _Place.queue)  # the others keep their order
 
 
-def _is_deliverable(name: str) -> bool:
-    return _is_exact(name) and state_of(name) is None
+def _due_queues(db: sa.Connection, now: float, start: str, limit: int) -> list[str]:
+    return [*db.scalars(DUE_QUEUES, {"now": now, "start": start, "limit": limit})]
 
 
 def _is_exact(name: str) -> bool:

@@ -7,7 +7,6 @@ from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any
 
@@ -33,7 +32,6 @@ _Row = namedtuple("_Row", [c.name for c in _SHOWN])  # type: ignore[misc]
 _Rebind = namedtuple("_Rebind", rebinds.c.keys())  # type: ignore[misc]
 # What a record says by its columns, and no `details` can change.
 OWN_FIELDS = {*_Row._fields, "timestamp", "created_time", "reception_protocol", "actor"}
-_event_time = lru_cache(rfc3339)  # all records of a rebind have the same one
 _time_of_rebind = sa.select(rebinds.c.event_time).where(rebinds.c.rebind_id == log.c.rebind_id).scalar_subquery()
 _time = sa.func.coalesce(log.c.event_time, _time_of_rebind)
 
@@ -140,7 +138,7 @@ def _record(row: Any, rebind: Any) -> dict[str, Any]:
         "peer_address": None,
         "timestamp": math.floor(event_time or 0),
         "created": math.floor(row.created),
-        "event_time": _event_time(event_time or 0),
+        "event_time": rfc3339(event_time or 0),
         "created_time": rfc3339(row.created),
         "num_attempts": min(max(row.num_attempts, 0), MAX_ATTEMPTS),
         "bounce_classification": "Uncategorized",

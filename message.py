@@ -4,7 +4,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from json.encoder import c_make_encoder, encode_basestring, encode_basestring_ascii  # type: ignore[attr-defined]
+from json.encoder import c_make_encoder, encode_basestring  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
 MAX_DEPTH = 200  # nesting of what a handler or a file may set: well within what Python and both engines can read
@@ -95,8 +95,6 @@ def _new_meta(stored: str, read: dict[str, Any], meta: Any) -> str | None:
     if not new and len(meta) == len(read):
         return None
     check_json(new)
-    if read and len(meta) == len(read) + len(new):  # keys were added, and nothing else: the rest stays as it is written
-        return f"{stored.rstrip()[:-1]},{to_json(new)[1:]}"
     return to_json(meta)
 
 
@@ -204,7 +202,6 @@ def _not_json(value: Any) -> Any:
 
 # What json.dumps builds each time, which takes longer than to encode a message's metadata.
 _encode = c_make_encoder(None, _not_json, encode_basestring, None, ":", ",", False, False, True)
-_encode_ascii = c_make_encoder(None, _not_json, encode_basestring_ascii, None, ": ", ", ", False, False, True)
 _decoder = json.JSONDecoder(parse_float=finite)
 
 
@@ -213,11 +210,6 @@ def to_json(value: Any) -> str:
     text = "".join(_encode(value, 0))
     # Half a character, which JSON can escape and UTF-8 has not, stays the escape that its sender wrote.
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
-
-
-def to_ascii_json(value: Any) -> str:
-    """A value as JSON, as commands print it: in any encoding of the output it is the same."""
-    return "".join(_encode_ascii(value, 0))
 
 
 def from_json(text: str) -> Any:

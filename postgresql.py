@@ -206,7 +206,7 @@ def _returns_old(db: sa.Connection) -> bool:
 
 def rows(db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
     _open_cursor(db, selection.select(*moving.MESSAGE_COLUMNS))
-    with _pipeline(db) as driver:
+    with _driver(db) as driver, driver.pipeline():
         yield from _read_ahead(driver)
 
 
@@ -224,7 +224,7 @@ def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_
             driver.execute(str(change), change.params | {"updates": to_json([one._asdict() for one in waiting])})
         waiting.clear()
 
-    with _pipeline(db) as driver:
+    with _driver(db) as driver, driver.pipeline():
         # A batch that is sent before the next messages have arrived would hold them up: answers come in order.
         decided = map(decide, _read_ahead(driver, send))
         for batch in moving.batches(decided, lambda one: len(one.meta or "")):
@@ -285,13 +285,6 @@ def _update_batch(rebind_id: str | None) -> sa.Update | sa.Insert:
     columns = moving.record_of(rebind_id, before.c, each.c.queue, **news)
     changed = change.returning(*(value.label(name) for name, value in columns.items())).cte("changed")
     return sa.insert(log).from_select(list(columns), sa.select(changed))
-
-
-@contextmanager
-def _pipeline(db: sa.Connection) -> Iterator[psycopg.Connection]:
-    """The driver's own connection, on which a statement does not wait for the one before it."""
-    with _driver(db) as driver, driver.pipeline():
-        yield driver
 
 
 @contextmanager

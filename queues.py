@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -162,19 +161,9 @@ class QueueRegistry:
         with self.database.begin_read() as db:
             found = Selection(_matching(backend, db, criteria), limit)
             with closing(backend.rows(db, found)) as rows:
-                if not content:
-                    yield from ((row, None) for row in rows)
-                    return
                 for batch in batches(rows, lambda row: len(row.meta) + (row.size or UNKNOWN_SIZE)):
-                    held = backend.contents_of(db, [row.id for row in batch])
+                    held = backend.contents_of(db, [row.id for row in batch]) if content else {}
                     yield from ((row, held.get(row.id)) for row in batch)
-
-    def due_queues(
-        self, db: sa.Connection, now: float, after: str | None, last: str | None, limit: int | None
-    ) -> list[str]:
-        """The first queues, by name, of which a message can be claimed now: after this one, and up to the last one."""
-        statement = _due_queues(after is not None, last is not None, limit is not None)
-        return list(db.scalars(statement, {"now": now, "after": after, "last": last, "limit": limit}))
 
 
 def _backend(url: str) -> Backend:
@@ -193,36 +182,21 @@ def claimable(now: Any) -> sa.ColumnElement[bool]:
     return sa.and_(messages.c.due <= now, messages.c.leased_until <= now)
 
 
-@cache
-def _queue_names(after: bool = False, last: bool = False) -> sa.CTE:
-    """The queues' names, each found from the one before; NULL may be at the end.
-
-    after, last: whether they begin after the name `:after`, and end with `:last` or one beyond it.
-    """
-    first = sa.select(sa.func.min(messages.c.queue).label("queue"))
-    if after:
-        first = first.where(messages.c.queue > sa.bindparam("after"))
-    names = first.cte("names", recursive=True)
+def queue_names() -> sa.CTE:
+    """The queues' names from `:start` on, each found from the one before; NULL is at the end."""
+    start = messages.c.queue >= sa.bindparam("start", "")
+    names = sa.select(sa.func.min(messages.c.queue).label("queue")).where(start).cte("names", recursive=True)
     following = sa.select(messages.c.queue).where(messages.c.queue > names.c.queue).order_by(messages.c.queue).limit(1)
-    goes_on = names.c.queue < sa.bindparam("last") if last else names.c.queue.is_not(None)
-    return names.union_all(sa.select(following.scalar_subquery()).where(goes_on))
+    return names.union_all(sa.select(following.scalar_subquery()).where(names.c.queue.is_not(None)))
 
 
-@cache
-def _due_queues(after: bool, last: bool, limit: bool) -> sa.Select[Any]:
-    names = _queue_names(after, last)
-    now = sa.bindparam("now", type_=sa.Double)
-    has_work = sa.select(messages.c.id).where(messages.c.queue == names.c.queue, claimable(now)).exists()
-    found = sa.select(names.c.queue).where(names.c.queue.is_not(None), has_work)
-    if last:
-        found = found.where(names.c.queue <= sa.bindparam("last"))
-    return found.limit(sa.bindparam("limit", type_=sa.Integer)) if limit else found
+_names = queue_names().c.queue
+_every_name = sa.select(_names).where(_names.is_not(None))  # built once: it takes longer than to find no queue
 
 
 def matching_queues(db: sa.Connection, criteria: Criteria) -> list[str]:
     """The names of the queues that match."""
-    names = _queue_names().c.queue
-    found = criteria.queue or db.scalars(sa.select(names).where(names.is_not(None))).all()
+    found = criteria.queue or db.scalars(_every_name).all()
     return [name for name in found if criteria.match(name)]
 
 

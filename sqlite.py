@@ -48,7 +48,6 @@ TEMPORARY = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tm
 NO_TEMPORARY = "SQLite has no folder for temporary files: set SQLITE_TMPDIR to one that it can write to"
 WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EACCES}  # of the file: what does not mend itself
 
-CREATE_INDEX = str(sa.schema.CreateIndex(messages_queue_due).compile(dialect=dialect()))  # for each rebind: 2 ms
 _rowid: sa.ColumnElement[int] = sa.literal_column("messages.rowid", sa.Integer)
 
 
@@ -185,10 +184,8 @@ def contents_of(db: sa.Connection, ids: Sequence[str]) -> dict[str, bytes]:
 
 
 def insert(db: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-    # By the driver itself, as in update_each.
-    places = ", ".join("?" * len(rows[0]))
-    statement = f"INSERT INTO {table} ({', '.join(rows[0])}) VALUES ({places})"  # noqa: S608
-    db.exec_driver_sql(statement, [(*row.values(),) for row in rows])
+    values = ", ".join(f":{name}" for name in rows[0])
+    db.exec_driver_sql(f"INSERT INTO {table} ({', '.join(rows[0])}) VALUES ({values})", rows)  # noqa: S608
 
 
 def among(column: sa.Column[str], values: Sequence[str]) -> sa.ColumnElement[bool]:
@@ -235,9 +232,7 @@ def sized(db: sa.Connection, selection: Selection) -> Selection:
     matched = _count(db, selection.select(_rowid)) if selection.at_most is None else selection.at_most
     matched = min(matched, selection.limit or matched)
     half = sa.select(_rowid).select_from(messages).limit(2 * matched)
-    everything = isinstance(selection.where, sa.True_) and selection.limit is None
-    are_most = everything or _count(db, half) < 2 * matched
-    return replace(selection, at_most=matched, are_most=are_most)
+    return replace(selection, at_most=matched, are_most=_count(db, half) < 2 * matched)
 
 
 def _count(db: sa.Connection, found: sa.Select[Any]) -> int:
@@ -264,8 +259,12 @@ def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id
 
 
 def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_id: str | None) -> None:
-    decided: dict[int, Update] = {}  # by rowid
-    values = _functions(db, decided)
+    decided: dict[int, Update] = {}  # by rowid; SQLite calls functions for the values: nothing is copied
+    values = {}
+    driver: Any = db.connection.driver_connection
+    for name in moving.UPDATED_COLUMNS:
+        driver.create_function(f"decided_{name}", 1, lambda rowid, name=name: getattr(decided[rowid], name))
+        values[name] = sa.func.coalesce(getattr(sa.func, f"decided_{name}")(_rowid), messages.c[name])
     rowids = sa.select(sa.func.json_each(sa.bindparam("rowids")).table_valued("value").c.value)
     change = sa.update(messages).values(values).where(_rowid.in_(rowids))
     # As they are stored, and decided at the start: one may move to a queue that is yet to be read.
@@ -280,16 +279,6 @@ def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_
             decided.clear()
             decided.update(batch)
             db.execute(change, {"rowids": to_json([*decided])})
-
-
-def _functions(db: sa.Connection, decided: Mapping[int, Update]) -> dict[str, Any]:
-    """The new values of a message's columns, which SQLite takes from `decided`: nothing is copied into parameters."""
-    driver: Any = db.connection.driver_connection
-    values = {}
-    for name in moving.UPDATED_COLUMNS:
-        driver.create_function(f"decided_{name}", 1, lambda rowid, name=name: getattr(decided[rowid], name))
-        values[name] = sa.func.coalesce(getattr(sa.func, f"decided_{name}")(_rowid), messages.c[name])
-    return values
 
 
 def _update(selection: Selection, values: Mapping[str, Any]) -> sa.Update:
@@ -340,10 +329,10 @@ def _in_bulk(db: sa.Connection, selection: Selection, changed: Collection[str]) 
     # Faster by a quarter to a half if most of its entries change. Others do not see that until the commit.
     rebuilt = selection.are_most and "due" in changed
     if rebuilt:
-        db.exec_driver_sql(f"DROP INDEX IF EXISTS {messages_queue_due.name}")
+        db.execute(sa.schema.DropIndex(messages_queue_due, if_exists=True))
     yield
     if rebuilt:
-        db.exec_driver_sql(CREATE_INDEX)
+        messages_queue_due.create(db)
 
 
 def rows(db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
