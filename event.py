@@ -66,8 +66,8 @@ class Decider:
             message = read_message(row)
         except ValueError as error:
             raise StoreRefused(str(error)) from error
-        changed = call_handlers(self._handlers, message, row, self._request.data)
-        domain = None if changed.recipient is None else domain_of(message.recipient)
+        sender, recipient, meta = call_handlers(self._handlers, message, row, self._request.data)
+        domain = None if recipient is None else domain_of(message.recipient)
         queue = queue_name(message.meta, row.domain if domain is None else domain)
         try:
             queue.encode()
@@ -75,12 +75,13 @@ class Decider:
             raise StoreRefused(f"the message {row.id} cannot be stored: it contains a lone surrogate") from error
         self.pairs[row.queue, queue] += 1
         due = self._now if self._request.always_flush or queue != row.queue else row.due
-        return Update(row.id, *changed, domain, queue, due)
+        return Update(row.id, sender, recipient, meta, domain, queue, due)
 
 
 def call_handlers(handlers: Sequence[Handler], message: Message, row: MessageRow, data: Mapping[str, str]) -> Changes:
     """Let the handlers change the message, which is as its row is. Returns what they changed. Raises HandlerFailed."""
-    changed, meta_read = Changes(None, None, None), dict(message.meta)
+    changed: Changes = (None, None, None)
+    meta_read = dict(message.meta)
     for handler in handlers:
         try:
             handler(message, data=dict(data))

@@ -46,12 +46,8 @@ class NewMessage(NamedTuple):
     source: str = ""  # where it comes from, for error messages: a file and line
 
 
-class Changes(NamedTuple):
-    """What the handlers of the event changed of a message, as the columns hold it; None is what they did not change."""
-
-    sender: str | None
-    recipient: str | None
-    meta: str | None
+# The sender, recipient and metadata after the event's handlers, as the columns hold them; None if they are as before.
+Changes = tuple[str | None, str | None, str | None]
 
 
 def read_message(row: Any) -> Message:
@@ -78,7 +74,7 @@ def changes(row: Any, meta_read: dict[str, Any], message: Message) -> Changes:
         parts = [address.rpartition("@") for address in addresses_of(message.recipient)]
         text = recipient_text([f"{local}@{domain.lower()}" for local, _, domain in parts])
         recipient = None if text == row.recipient else text
-    return Changes(sender, recipient, _new_meta(row.meta, meta_read, message.meta))
+    return sender, recipient, _new_meta(row.meta, meta_read, message.meta)
 
 
 def _new_meta(stored: str, read: dict[str, Any], meta: Any) -> str | None:

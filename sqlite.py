@@ -10,14 +10,13 @@ import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import dialect
 
 import moving
 from message import to_json
@@ -294,30 +293,21 @@ def _update(selection: Selection, values: Mapping[str, Any]) -> sa.Update:
 
 
 @contextmanager
-def _recorded(
-    db: sa.Connection, changed: Iterable[str], rebind_id: str | None, news: tuple[str, ...]
-) -> Iterator[None]:
+def _recorded(db: sa.Connection, changed: Iterable[str], rebind_id: str | None, news: Iterable[str]) -> Iterator[None]:
     """Write a record of each message when one of the columns `changed` is set, as a site's own trigger does not."""
     if rebind_id is None:
         yield
         return
-    statement = _record_of_row(news).format(rebind_id=rebind_id)
-    on = f"UPDATE OF {', '.join(changed)} ON main.messages"
-    db.exec_driver_sql(f"CREATE TEMPORARY TRIGGER write_record AFTER {on} BEGIN {statement}; END")
-    yield
-    db.exec_driver_sql("DROP TRIGGER write_record")
-
-
-@cache
-def _record_of_row(news: tuple[str, ...]) -> str:
-    """The statement of a trigger that writes the record of `{rebind_id}` for a row."""
     names = [*moving.BEFORE, "queue"]
     old: Any = {name: sa.literal_column(f"old.{name}") for name in names}
     new: Any = {name: sa.literal_column(f"new.{name}") for name in names}
-    columns = moving.record_of("{rebind_id}", old, new["queue"], **moving.unless_same(old, new, news))
+    columns = moving.record_of(rebind_id, old, new["queue"], **moving.unless_same(old, new, news))
     # A trigger has no parameters: SQLAlchemy quotes what it writes.
-    compiled = sa.insert(log).values(columns).compile(dialect=dialect(), compile_kwargs={"literal_binds": True})
-    return str(compiled)
+    insertion = sa.insert(log).values(columns).compile(db, compile_kwargs={"literal_binds": True})
+    on = f"UPDATE OF {', '.join(changed)} ON main.messages"
+    db.exec_driver_sql(f"CREATE TEMPORARY TRIGGER write_record AFTER {on} BEGIN {insertion}; END")
+    yield
+    db.exec_driver_sql("DROP TRIGGER write_record")
 
 
 @contextmanager
