@@ -2,13 +2,11 @@
 
 import shutil
 import sys
-import unicodedata
-from bisect import bisect, bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from typing import IO, Any
 
 import click
+from wcwidth import clip, ljust, rjust, width
 
 from moving import batches
 from rebinding import printable
@@ -56,23 +54,11 @@ def print_lines(lines: Iterable[str], each_at_once: bool = False) -> int:
 
 def fitted(cell: str, room: int, right: bool) -> str:
     """A cell of a table, filled to this width, or cut in the middle: names differ at both ends."""
-    ends = list(accumulate(map(width, cell)))
-    if ends and ends[-1] > room:
-        head = cell[: bisect(ends, room // 2)]
-        first_left_out = bisect_left(ends, ends[-1] - (room - 1 - width(head)))
-        tail = cell[bisect(ends, ends[first_left_out]) :]  # after the marks that belong to that one
-        cell = head + ("…" if encodable("…") == "…" else "~") + tail
-    space = " " * (room - width(cell))
-    return space + cell if right else cell + space
-
-
-def width(text: str) -> int:
-    """How many columns of a terminal a text takes: none for a combining mark, two for what Unicode calls wide."""
-    if text.isascii():
-        return len(text)
-    marks = sum(unicodedata.category(letter) in ("Mn", "Me") for letter in text)
-    wide = sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in text)
-    return len(text) - marks + wide
+    if (whole := width(cell)) > room:
+        head = room // 2
+        dots = "…" if encodable("…") == "…" else "~"
+        cell = clip(cell, 0, head, fillchar="") + dots + clip(cell, whole - (room - head - 1), whole, fillchar="")
+    return rjust(cell, room) if right else ljust(cell, room)
 
 
 def encodable(text: str) -> str:

@@ -65,6 +65,7 @@ def _new_messages(document: Any, source: str, remarks: Counter[str]) -> Iterator
         yield NewMessage(id=answer["id"], source=source, **message)
 
 
+# Not marshmallow: this takes 15 µs for a message instead of 73, of about 130 that `flask load` took for it.
 Fields = Mapping[Any, tuple[type, Callable[[Any], Any]]]
 """The type of each field, and what gives its value, or None if it stays. That raises ValueError or ValidationError."""
 

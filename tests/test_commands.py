@@ -17,11 +17,12 @@ from factories import ODD_TEXT, ask, message
 from services import SITE_POLICY
 from sqlalchemy import inspect, make_url
 from terminal import PROGRAM, Command, Flask, on_a_terminal
+from wcwidth import width
 
 from app import create_app
 from cli import VERSION, time_of
 from deliverylog import MAX_ATTEMPTS
-from display import fitted, width
+from display import fitted
 from event import rebind as rebind_event
 from message import Message
 from names import Criteria
