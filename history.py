@@ -1,8 +1,6 @@
 """The history, a row per rebind: written, listed, answered again, taken back. docs/contract.md, "History", "Undo"."""
 
-import os
 import platform
-import time
 import uuid
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -30,13 +28,6 @@ class NothingToUndo(Exception):
 
 class KeyReused(Exception):
     """The Idempotency-Key was used by a different request."""
-
-
-def new_id() -> str:
-    """A UUID of version 7 (RFC 9562): an id tells when its rebind was."""
-    stamp, noise = int(time.time() * 1000), int.from_bytes(os.urandom(10))
-    a, b = noise >> 68, noise & (1 << 62) - 1
-    return str(uuid.UUID(int=stamp << 80 | 7 << 76 | a << 64 | 0b10 << 62 | b))
 
 
 def earlier_answer(db: sa.Connection, request: RebindRequest) -> RebindResult | None:

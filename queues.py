@@ -6,6 +6,7 @@ process and host that is bound to the same database sees the same queues.
 
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
@@ -69,7 +70,7 @@ class QueueRegistry:
         """
         if request.dry_run:
             return self._rehearse(request)
-        rebind_id, start = history.new_id(), time.monotonic()
+        rebind_id, start = str(uuid.uuid4()), time.monotonic()
         logger.info("rebind %s begins: %s", rebind_id, in_a_line(request))
         try:
             result = self._attempt(request, rebind_id)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, 
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from operator import methodcaller
 from pathlib import Path
 from threading import Thread
@@ -32,6 +33,7 @@ BEGIN_WRITE = "BEGIN IMMEDIATE"
 ENCODING = ("PRAGMA encoding", "UTF-8")  # names are ordered by their bytes then
 
 CACHE = 32  # MiB of pages that a rebind keeps in memory, since its index changes all over; others keep 2
+FEW = 16  # rows that are read at once
 MANY = 1000  # messages: with fewer, a checkpoint is left to whoever writes the thousandth page
 
 # The primary result codes (https://www.sqlite.org/rescode.html) that pass by themselves, or when somebody mends the
@@ -271,9 +273,9 @@ def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_
     with (
         _recorded(db, values, rebind_id, moving.NEW_COLUMNS),
         _in_bulk(db, selection, values),
-        closing(_read(db, found)) as read,  # a statement that is still open would keep the next rebind from the index
+        db.execute(found) as read,  # a statement that is still open would keep the next rebind from the index
     ):
-        each = ((row[-1], decide(MessageRow._make(row[:-1]))) for row in read)
+        each = ((row[-1], decide(MessageRow._make(row[:-1]))) for row in _each(read))
         for batch in moving.batches(each, lambda one: len(one[1].meta or "")):
             decided.clear()
             decided.update(batch)
@@ -326,13 +328,10 @@ def _in_bulk(db: sa.Connection, selection: Selection, changed: Collection[str]) 
 
 
 def rows(db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
-    with closing(_read(db, selection.select(*moving.MESSAGE_COLUMNS))) as read:
-        yield from map(MessageRow._make, read)
+    with db.execute(selection.select(*moving.MESSAGE_COLUMNS)) as found:
+        yield from map(MessageRow._make, _each(found))
 
 
-def _read(db: sa.Connection, statement: sa.Select[Any]) -> Generator[Any]:
-    size = moving.FIRST_ROWS
-    with db.execute(statement) as found:
-        while read := found.fetchmany(size):
-            size = moving.rows_to_read(size, sum(len(row.meta) for row in read))
-            yield from read
+def _each(found: sa.CursorResult[Any]) -> Iterator[Any]:
+    """The rows, a few at a time, since their metadata may be large: one at a time takes a tenth longer."""
+    return chain.from_iterable(iter(partial(found.fetchmany, FEW), []))
