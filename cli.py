@@ -31,7 +31,7 @@ from marshmallow import ValidationError
 import deliverylog
 import event
 import schemas
-from display import UNITS, age, counted, on_terminal, print_lines, print_table
+from display import UNITS, age, counted, json_line, on_terminal, print_lines, print_table
 from history import KeyReused, NothingToUndo, UnknownRebind, rebinds_done
 from kumo import WrongFile, read_messages, shown_message
 from moving import batches
@@ -48,7 +48,7 @@ def time_of(text: str) -> float:
     if ago := re.fullmatch(r"(\d{1,6})([smhd])", text, re.ASCII):
         return time.time() - int(ago[1]) * UNITS[ago[2]]
     for rest in ("", "Z", "T00:00:00Z"):
-        with suppress(ValidationError):
+        with suppress(ValueError):
             return schemas.seconds(text + rest)
     raise click.BadParameter(f"{text!r} is not a time such as 2026-11-25, 2026-11-25T03:00:00Z, or 2h or 30d ago")
 
@@ -251,7 +251,7 @@ def queues(deliverable: bool, sort: str, limit: int | None, as_json: bool, **cri
     shown = sorted(found, key=SORT[sort])[:limit]
     if as_json:
         each = (asdict(one) | asdict(QueueName.parse(one.queue)) | {"state": state_of(one.queue)} for one in shown)
-        print_lines(map(json.dumps, each))
+        print_lines(map(json_line, each))
         return
     now = time.time()
     rows = []
@@ -277,7 +277,7 @@ def messages(limit: int | None, content: bool, **criteria: Any) -> None:
     def readable() -> Iterator[str]:
         for row, data in registry.messages(Criteria(**criteria), limit, content):
             try:
-                yield json.dumps(shown_message(row, data))
+                yield json_line(shown_message(row, data))
             except (ValueError, RecursionError) as error:
                 click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
                 unreadable.append(row.id)
@@ -308,7 +308,7 @@ def log(follow: bool, after: int | None, **wanted: Any) -> None:
     criteria = Criteria(**{name: wanted.pop(name) for name in OF_QUEUES})
     which = deliverylog.LogFilter(**wanted, criteria=criteria)
     found = deliverylog.records(registry.database, after, POLL if follow else None, which)
-    if not print_lines(map(json.dumps, found), each_at_once=follow):
+    if not print_lines(map(json_line, found), each_at_once=follow):
         click.echo("no record found", err=True)
 
 
@@ -328,7 +328,7 @@ def history(since: float | None, limit: int | None, as_json: bool) -> None:
     """List the rebinds that were done, newest first."""
     rebinds = rebinds_done(registry.database, since, limit)
     if as_json:
-        print_lines(map(json.dumps, rebinds))
+        print_lines(map(json_line, rebinds))
         return
     columns = ("when", "rebind_id", "matched", "moved", "actor", "what", "reason")
     for one in rebinds:

@@ -1,5 +1,6 @@
 """What commands show to people: tables that fit their terminal, numbers of things, and ages."""
 
+import json
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -8,6 +9,7 @@ from typing import IO, Any
 import click
 from wcwidth import clip, ljust, rjust, width
 
+from message import to_json
 from moving import batches
 from rebinding import printable
 
@@ -50,6 +52,12 @@ def print_lines(lines: Iterable[str], each_at_once: bool = False) -> int:
         click.echo("\n".join(several))
         printed += len(several)
     return printed
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON in ASCII, which every encoding of standard output has."""
+    line = to_json(value)
+    return line if line.isascii() else json.dumps(value)
 
 
 def fitted(cell: str, room: int, right: bool) -> str:

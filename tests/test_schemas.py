@@ -109,7 +109,7 @@ TIMES = {
     "2030-01-01t00:00:00z": 1893456000,
     "2025-08-01 12:00:00Z": 1754049600,
     "2025-08-01T12:00:00.5Z": 1754049600.5,
-    "2025-08-01T12:00:00.123456789Z": 1754049600.123456,  # as KumoMTA writes them
+    "2025-08-01T12:00:00.123456789Z": 1754049600.123457,  # as KumoMTA writes them
     "2025-08-01T05:00:00-07:00": 1754049600,
     "2025-08-01T12:00:00-00:00": 1754049600,
     "1990-12-31T23:59:60Z": 662688000,
@@ -134,9 +134,8 @@ def test_a_time_is_one_of_rfc_3339(text: str, expected: float) -> None:
 
 @pytest.mark.parametrize("text", [*NO_TIMES, *NO_YEARS], ids=ascii)
 def test_what_is_no_time_is_refused(text: Any) -> None:
-    with pytest.raises(ValidationError) as refused:
+    with pytest.raises(ValueError, match=NO_YEAR if text in NO_YEARS else NO_TIME):
         seconds(text)
-    assert refused.value.messages == [NO_YEAR if text in NO_YEARS else NO_TIME]
 
 
 # A request to rebind
