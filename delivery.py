@@ -13,7 +13,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from history import NODEID
-from message import Message, domain_of, read_message
+from message import Message, domain_of, read_message, recipient_of, recipient_text
 from moving import MESSAGE_COLUMNS
 from names import DISCARDED, state_of
 from queues import claimable, queue_names, registry
@@ -146,12 +146,12 @@ def settle(claim: Claim, outcomes: Sequence[Outcome], due: float | None = None) 
             return False
         if _is_settled(db, row, claim, later):
             return True
-        recipients = recipient_list(row)
+        recipients = _recipients(row.recipient)
         done = {each for outcome in outcomes if outcome.type != "TransientFailure" for each in outcome.recipients}
         left = [each for each in recipients if each not in done]
         if left:
             changes = {
-                "recipient": left,
+                "recipient": recipient_text(left),
                 "domain": row.domain if left == recipients else _domain(left, row.domain),
                 "due": later if row.due == claim.due else row.due,
                 "num_attempts": row.num_attempts + 1,
@@ -172,24 +172,33 @@ def _is_settled(db: sa.Connection, row: Any, claim: Claim, later: float) -> bool
     return bool(row.due == later or registry.database.backend.now(db) < claim.leased_until)
 
 
-def recipient_list(message: Any) -> list[str]:
-    """The recipients of a message, or of a row of `messages`, each once."""
-    several = message.recipient if isinstance(message.recipient, list) else [message.recipient]
-    return list(dict.fromkeys(several))
+def recipient_list(message: Message) -> list[str]:
+    """The recipients of a message, each once."""
+    return _each_once(message.recipient)
 
 
+def _each_once(recipient: str | list[str]) -> list[str]:
+    return list(dict.fromkeys([recipient] if isinstance(recipient, str) else recipient))
+
+
+# What a sender wrote without a domain, or so that nobody can read it, must not keep the outcomes from being written.
 def _domain(recipients: list[str], before: str) -> str:
-    # A recipient that a sender wrote without a domain must not keep the outcomes from being written.
     with suppress(ValueError):
         return domain_of(recipients)
     return before
+
+
+def _recipients(text: str) -> list[str]:
+    with suppress(ValueError):
+        return _each_once(recipient_of(text))
+    return [text]
 
 
 def _record(claim: Claim, outcome: Outcome) -> dict[str, Any]:
     names = ("id", "sender", "queue", "meta", "size", "created", "num_attempts")
     return {name: getattr(claim, name) for name in names} | {
         "type": outcome.type,
-        "recipient": outcome.recipients,
+        "recipient": recipient_text(outcome.recipients),
         "details": outcome.details,
         "event_time": time.time(),
         "nodeid": NODEID,

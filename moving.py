@@ -32,7 +32,7 @@ class MessageRow(NamedTuple):
 
 MESSAGE_COLUMNS: list[sa.ColumnElement[Any]] = [
     messages.c.sender,
-    sa.type_coerce(messages.c.recipient, sa.Text).label("recipient"),
+    messages.c.recipient,
     sa.cast(messages.c.meta, sa.Text).label("meta"),
     *(messages.c[name] for name in ("id", "queue", "domain", "size", "created", "due", "num_attempts")),
 ]

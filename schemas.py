@@ -100,6 +100,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _HOOKS: Any = {"object_pairs_hook": _unique, "parse_constant": finite, "parse_float": finite}
 _decoder = json.JSONDecoder(**_HOOKS)
 
+
 def seconds(text: Any) -> float:
     """A time of RFC 3339, in seconds since 1970, to the microsecond. Raises ValueError."""
     leap = isinstance(text, str) and text[17:19] == "60"  # the last second of a day of UTC (section 5.7)

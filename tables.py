@@ -1,12 +1,8 @@
 """The tables, a public interface for senders and workers in any language: docs/tables.md describes every column."""
 
-from contextlib import suppress
-from typing import Any
-
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
-
-from message import from_json, recipient_of, recipient_text, to_json
+from sqlalchemy.ext.compiler import compiles
 
 SCHEMA_VERSION = 3  # of the tables below; in 2 a claim moved `due`, and records did not say what a message became
 MAX_NAME = 2000  # bytes of a queue's name or a message's id: what an index of PostgreSQL takes, with room to spare
@@ -14,35 +10,10 @@ TOO_LONG = f"the name of a queue would be longer than {MAX_NAME} bytes"
 FIRST_SECOND, LAST_SECOND = -62135596800, 253402300799  # of the years 1 and 9999, in seconds since 1970
 
 
-class Recipient(sa.types.TypeDecorator[Any]):
-    """An envelope's recipient: an address, or a list of several. See `message.recipient_text`."""
+# The engines' connections have the serializer, and SQLite's STRICT tables know no type JSON.
+Document = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+compiles(sa.JSON, "sqlite")(lambda *_, **__: "TEXT")
 
-    impl = sa.Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | list[str] | None, dialect: Any) -> str | None:
-        return None if value is None else recipient_text(value)
-
-    def process_result_value(self, value: str | None, dialect: Any) -> str | list[str] | None:
-        with suppress(ValueError, RecursionError):  # a list that no sender should have written is left as it is
-            return None if value is None else recipient_of(value)
-        return value
-
-
-class TextDocument(sa.types.TypeDecorator[Any]):
-    """JSON in a column of type TEXT, as SQLite's STRICT tables need it."""
-
-    impl = sa.Text
-    cache_ok = True
-
-    def process_bind_param(self, value: Any, dialect: Any) -> str | None:
-        return None if value is None else to_json(value)
-
-    def process_result_value(self, value: Any, dialect: Any) -> Any:
-        return None if value is None else from_json(value)
-
-
-Document = JSONB(none_as_null=True).with_variant(TextDocument(), "sqlite")
 Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 Seconds: sa.types.TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")
 Name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")  # ordered by its bytes, as SQLite orders text
@@ -74,7 +45,7 @@ messages = sa.Table(
     metadata,
     sa.Column("id", Name, primary_key=True),
     sa.Column("sender", sa.Text, nullable=False),
-    sa.Column("recipient", Recipient, nullable=False),
+    sa.Column("recipient", sa.Text, nullable=False),
     sa.Column("domain", sa.Text, nullable=False),
     sa.Column("queue", Name, nullable=False),
     sa.Column("meta", Document, nullable=False),
@@ -148,7 +119,7 @@ log = sa.Table(
     # of the message: an AdminRebind record has what it was before, except `queue`, which is where it is now
     sa.Column("id", Name, nullable=False),
     sa.Column("sender", sa.Text, nullable=False),
-    sa.Column("recipient", Recipient, nullable=False),
+    sa.Column("recipient", sa.Text, nullable=False),
     sa.Column("queue", Name, nullable=False),
     sa.Column("meta", Document, nullable=False),
     sa.Column("size", Number, nullable=False),
@@ -161,7 +132,7 @@ log = sa.Table(
     sa.Column("due", Seconds),
     # what the event or an undo made of it, NULL if nothing else; what a rebind by data made follows from its request
     sa.Column("new_sender", sa.Text),
-    sa.Column("new_recipient", Recipient),
+    sa.Column("new_recipient", sa.Text),
     sa.Column("new_meta", Document),
     sa.Column("new_due", Seconds),  # of an undo alone
     # of all others
