@@ -11,6 +11,8 @@ from flask import Flask, current_app, g, request
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, ServiceUnavailable, Unauthorized
 
+from schemas import SettingError
+
 LOOPBACK = ip_address("127.0.0.1")
 BCRYPT_MAX = 72  # bytes of a password that count
 DEFAULT_COST = b"05"  # of a hash that htpasswd -B makes: checking it takes 2 ** 5 rounds
@@ -22,12 +24,8 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 
-class AccessError(Exception):
-    """A setting that says who may ask cannot be used."""
-
-
 def init_app(app: Flask) -> None:
-    """Read the settings, and guard every path and method of `app`, unknown ones too. Raises AccessError."""
+    """Read the settings, and guard every path and method of `app`, unknown ones too. Raises SettingError."""
     app.config["TRUSTED_NETWORKS"] = read_networks(app.config["TRUSTED_HOSTS"])
     app.config["TRUSTED_HOSTS"] = None  # In Flask, this setting lists the names that a Host header may have.
     app.config["PROXIES"] = read_proxies(app.config["PROXIES"])
@@ -94,7 +92,7 @@ def user() -> str:
         raise refusal()
     try:
         hashes = read_hashes(current_app.config["HTPASSWD"])
-    except AccessError as error:
+    except SettingError as error:
         current_app.logger.error("%s", error)
         raise ServiceUnavailable("credentials cannot be checked now") from error
     # To check takes as long for an unknown user, so that time does not tell who is one.
@@ -107,30 +105,30 @@ def user() -> str:
 
 
 def read_hashes(path: str) -> dict[str, bytes]:
-    """The bcrypt hash of each user in an htpasswd file. Raises AccessError, without what may be a password."""
+    """The bcrypt hash of each user in an htpasswd file. Raises SettingError, without what may be a password."""
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise OSError("it is not a regular file")  # to read a FIFO or a device may take for ever
         lines = Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise AccessError(f"the htpasswd file {path} cannot be read: {error}") from error
+        raise SettingError(f"the htpasswd file {path} cannot be read: {error}") from error
     hashes: dict[str, bytes] = {}
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
         entry = USER.fullmatch(line)
         if not entry:
-            raise AccessError(f"the htpasswd file {path}, line {number}: expected NAME:HASH, as htpasswd -B writes it")
+            raise SettingError(f"the htpasswd file {path}, line {number}: expected NAME:HASH, as htpasswd -B writes it")
         hashes.setdefault(entry[1], entry[2].encode())  # as in Apache, a user's first line counts
     return hashes
 
 
 def read_networks(setting: Any) -> list[Network]:
-    """The networks in TRUSTED_HOSTS. Raises AccessError."""
+    """The networks in TRUSTED_HOSTS. Raises SettingError."""
     try:
         return [read_network(each.strip()) for each in str(setting).split(",") if each.strip()]
     except ValueError as error:
-        raise AccessError(f"REBIND_TRUSTED_HOSTS is not a list of networks: {error}") from error
+        raise SettingError(f"REBIND_TRUSTED_HOSTS is not a list of networks: {error}") from error
 
 
 def read_network(text: str) -> Network:
@@ -143,7 +141,7 @@ def read_network(text: str) -> Network:
 
 
 def read_proxies(setting: Any) -> int:
-    """The number of proxies in PROXIES. Raises AccessError."""
+    """The number of proxies in PROXIES. Raises SettingError."""
     if not re.fullmatch(r"[0-9]{1,2}", str(setting)):
-        raise AccessError(f"REBIND_PROXIES must be a whole number from 0 to 99: {setting!r}")
+        raise SettingError(f"REBIND_PROXIES must be a whole number from 0 to 99: {setting!r}")
     return int(setting)

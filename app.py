@@ -19,11 +19,12 @@ import access
 import cli
 import event
 import queues
+import schemas
 from event import HandlerFailed, NoHandler
 from history import KeyReused, NothingToUndo, UnknownRebind
 from queues import registry
 from rebinding import RebindRequest, RebindResult, printable
-from schemas import NotJSON, QueryError, idempotency_key, in_a_line, parse_json, rebind_query, rebind_request
+from schemas import NotJSON, QueryError, SettingError
 from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
 MAX_BODY = 1024 * 1024  # bytes
@@ -47,12 +48,8 @@ admin = Blueprint("admin", __name__)
 _rebinds = BoundedSemaphore(MAX_REBINDS)
 
 
-class SettingError(Exception):
-    """A setting that does not exist."""
-
-
 def create_app(config: dict[str, Any] | None = None) -> Flask:
-    """The service. Settings: REBIND_… or `config`. Raises SettingError, StoreUnusable, PolicyError and AccessError."""
+    """The service. Settings: REBIND_… or `config`. Raises SettingError and StoreUnusable."""
     app = Flask(__name__, static_folder=None)
     app.config.from_mapping(SETTINGS)
     if unknown := [name for name in os.environ if name.startswith("REBIND_") and name[7:] not in SETTINGS]:
@@ -97,9 +94,9 @@ def start(app: Flask) -> None:
 @admin.post("/api/admin/rebind/v1", provide_automatic_options=False)
 def rebind() -> Response:
     """Rebind messages. docs/contract.md, "The request" and "Beyond the page"."""
-    query = rebind_query(dict(request.args.lists()))
-    key = None if query["dry_run"] else idempotency_key(request.headers.get("Idempotency-Key"))
-    asked = rebind_request(read_json(), query, key, g.actor)
+    query = schemas.rebind_query(dict(request.args.lists()))
+    key = None if query["dry_run"] else schemas.idempotency_key(request.headers.get("Idempotency-Key"))
+    asked = schemas.rebind_request(read_json(), query, key, g.actor)
     result = registry.rebind(asked) if asked.dry_run else rebind_in_turn(asked)
     body: dict[str, Any] = {}
     if result.plan is not None:
@@ -139,7 +136,7 @@ def read_json() -> Any:
     if request.content_length not in (None, len(body)):
         raise BadRequest("the body ends before its Content-Length")
     try:
-        return parse_json(body)
+        return schemas.parse_json(body)
     except NotJSON as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
 
@@ -172,7 +169,9 @@ def fields_problem(error: ValidationError) -> Response:
     status, wrong = 422, "the body is not a request to rebind"
     if isinstance(error, QueryError):
         status, wrong = 400, "a query parameter or a header is wrong"
-    return problem(status, f"{wrong}: see errors", error.messages, reason=f"{wrong}: {in_a_line(error.messages)}")
+    return problem(
+        status, f"{wrong}: see errors", error.messages, reason=f"{wrong}: {schemas.in_a_line(error.messages)}"
+    )
 
 
 def registry_problem(error: Exception) -> Response:

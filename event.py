@@ -10,6 +10,7 @@ from message import Changes, Message, changes, domain_of, read_message
 from moving import MessageRow, Update
 from names import queue_name
 from rebinding import RebindRequest
+from schemas import SettingError
 from store import StoreRefused
 
 Handler = Callable[..., object]
@@ -22,10 +23,6 @@ class NoHandler(Exception):
 
 class HandlerFailed(Exception):
     """A handler of the `rebind` event raised, or left a message that cannot be stored."""
-
-
-class PolicyError(Exception):
-    """The policy cannot be loaded."""
 
 
 class RebindEvent:
@@ -44,11 +41,11 @@ rebind = RebindEvent()
 
 
 def load_policy(path: str) -> None:
-    """Run the site's Python file at `path`, which connects its handlers. Raises PolicyError, with the reason."""
+    """Run the site's Python file at `path`, which connects its handlers. Raises SettingError, with the reason."""
     try:
         run_path(path, run_name="rebind_policy")
     except (Exception, SystemExit) as error:
-        raise PolicyError(f"the policy {path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise SettingError(f"the policy {path} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 class Decider:

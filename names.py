@@ -43,18 +43,15 @@ class QueueName:
         """The host that a worker delivers to, perhaps with a port. An empty routing domain names none."""
         return self.routing_domain or self.domain
 
-    @property
-    def on_hold(self) -> bool:
-        """Whether workers skip the queue: no host can have a name in `.invalid` (RFC 6761, section 6.4)."""
-        host = self.site.rpartition(":")[0] or self.site
-        return host.lower().rpartition(".")[2] == "invalid"
-
 
 def state_of(queue: str) -> Literal["hold", "discard"] | None:
     """What workers do with a queue instead of delivering its messages: docs/contract.md, "Delivery workers"."""
     if queue == DISCARDED:
         return "discard"
-    return "hold" if QueueName.parse(queue).on_hold else None
+    site = QueueName.parse(queue).site
+    host = site.rpartition(":")[0] or site
+    # No host can have a name in `.invalid` (RFC 6761, section 6.4).
+    return "hold" if host.lower().rpartition(".")[2] == "invalid" else None
 
 
 @dataclass(frozen=True)

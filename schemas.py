@@ -26,6 +26,10 @@ MAX_LIMIT = 10**18 - 1  # as in A_LIMIT: both engines can count so far
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
 
+class SettingError(Exception):
+    """A setting does not exist, or cannot be used."""
+
+
 class NotJSON(ValueError):
     """A text that is not JSON, or is ambiguous. `line`, in a file, is that on which the document begins."""
 

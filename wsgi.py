@@ -6,10 +6,9 @@ import click
 from flask import Flask
 from flask.cli import FlaskGroup
 
-from access import AccessError
-from app import SettingError, create_app
-from event import PolicyError
+from app import create_app
 from rebinding import printable
+from schemas import SettingError
 from store import StoreUnusable
 
 
@@ -17,7 +16,7 @@ def created() -> Flask:
     """The application. If there can be none, the process ends, and one line says why."""
     try:
         return create_app()
-    except (SettingError, StoreUnusable, PolicyError, AccessError) as error:
+    except (SettingError, StoreUnusable) as error:
         print(printable(f"rebind cannot start: {getattr(error, 'in_full', error)}"), file=sys.stderr)
         # gunicorn's APP_LOAD_ERROR: it stops, where after any other exit it would start the worker again, for ever.
         sys.exit(1 if click.get_current_context(silent=True) else 4)

@@ -20,13 +20,13 @@ from services import MIB, PATH, From, Service, Start
 from sqlalchemy import make_url
 
 import app as app_module
-from access import AccessError
 from app import STATUS, create_app
 from cli import VERSION
-from event import HandlerFailed, NoHandler, PolicyError
+from event import HandlerFailed, NoHandler
 from history import KeyReused, NothingToUndo, UnknownRebind
 from queues import QueueRegistry
 from rebinding import MAX_SHOWN
+from schemas import SettingError
 from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
 BODY = b'{"reason": "a test", "data": {"queue": "elsewhere"}, "always_flush": true}'  # would change all that is there
@@ -315,7 +315,7 @@ def test_a_lock_held_too_long_is_503_and_the_next_request_succeeds(
 @pytest.mark.parametrize("value", ["5", "true", "[]"])
 def test_what_is_set_is_text_whatever_else_it_could_be(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises((PolicyError, AccessError, StoreUnusable)):
+    with pytest.raises((SettingError, StoreUnusable)):
         create_app()
 
 

@@ -18,6 +18,7 @@ from message import Message
 from moving import BATCH
 from queues import QueueRegistry
 from rebinding import RebindResult
+from schemas import SettingError
 
 Handler = Callable[..., object]
 
@@ -279,7 +280,7 @@ def test_a_policy_that_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path,
     file = tmp_path / "site.py"
     if text is not None:
         file.write_text(text, encoding="latin-1")
-    with pytest.raises(event.PolicyError, match=rf"the policy {file} cannot be loaded: (?:{reason})"):
+    with pytest.raises(SettingError, match=rf"the policy {file} cannot be loaded: (?:{reason})"):
         event.load_policy(str(file))
 
 
