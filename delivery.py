@@ -63,7 +63,8 @@ def claim(count: int, lease: float) -> list[Claim]:
     with registry.database.begin_write() as db:
         now = registry.database.backend.now(db)  # it may have waited for others
         if discards:
-            _discard(db, now)
+            waiting = _due(sa.select(messages.c.id), DISCARDED, now).limit(DISCARD).with_for_update(skip_locked=True)
+            db.execute(sa.delete(messages).where(messages.c.id.in_(waiting)))
         for name in names:
             claims += _claim_from(db, name, count - len(claims), now, now + lease)
             _Place.queue = name
@@ -91,11 +92,6 @@ def _due_queues(db: sa.Connection, now: float, start: str, limit: int) -> list[s
 def _is_exact(name: str) -> bool:
     """Whether the name is in the table as it was read. One that is not UTF-8 is not, and cannot be asked for."""
     return name.isascii() or ("\ufffd" not in name and name == name.encode(errors="replace").decode())
-
-
-def _discard(db: sa.Connection, now: float) -> None:
-    waiting = _due(sa.select(messages.c.id), DISCARDED, now).limit(DISCARD).with_for_update(skip_locked=True)
-    db.execute(sa.delete(messages).where(messages.c.id.in_(waiting)))
 
 
 def _claim_from(db: sa.Connection, name: str, count: int, now: float, until: float) -> list[Claim]:

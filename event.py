@@ -86,11 +86,7 @@ def call_handlers(handlers: Sequence[Handler], message: Message, row: MessageRow
         except BaseException as error:  # whatever it is, the answer is a 500 and the worker lives on
             if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
                 raise  # the Ctrl-C that ends a command arrives there and nowhere else
-            raise HandlerFailed(
-                f"the handler {_name_of(handler)} failed for message {row.id}: {type(error).__name__}: {error}"
-            ) from error
+            name = getattr(handler, "__qualname__", repr(handler))  # a functools.partial has none
+            reason = f"{type(error).__name__}: {error}"
+            raise HandlerFailed(f"the handler {name} failed for message {row.id}: {reason}") from error
     return changed
-
-
-def _name_of(handler: Handler) -> str:  # a functools.partial has none
-    return f"{handler.__module__}.{handler.__qualname__}" if hasattr(handler, "__qualname__") else repr(handler)

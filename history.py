@@ -113,7 +113,13 @@ def undo(backend: Backend, db: sa.Connection, request: RebindRequest, now: float
     rewritten_as_left = _rewritten(meta_before, messages.c.meta)
     as_left = _as_left(meta_left, now)
     only_due = sa.and_(flushed, messages.c.due == due_left)
-    back = _back() & sa.or_(messages.c.due == log.c.due, rewritten)
+    back = sa.and_(
+        messages.c.queue == log.c.old_queue,
+        messages.c.meta == log.c.meta,
+        sa.or_(_sender_stayed, messages.c.sender == log.c.sender),
+        sa.or_(_recipient_stayed, messages.c.recipient == log.c.recipient),
+        sa.or_(messages.c.due == log.c.due, rewritten),
+    )
     return Undo(
         first,
         matching=sa.and_(of_rebind(first), as_left, sa.or_(rewritten_as_left, only_due)),
@@ -154,16 +160,6 @@ def _as_left(meta: sa.ColumnElement[Any], now: float) -> sa.ColumnElement[bool]:
         # A worker may have delivered to earlier recipients: they must not get the mail again.
         sa.or_(_sender_stayed & _recipient_stayed, _not_attempted & (messages.c.leased_until <= now)),
         messages.c.meta == meta,
-    )
-
-
-def _back() -> sa.ColumnElement[bool]:
-    """Whether a message is where it was and has what it had before the rebind."""
-    return sa.and_(
-        messages.c.queue == log.c.old_queue,
-        messages.c.meta == log.c.meta,
-        sa.or_(_sender_stayed, messages.c.sender == log.c.sender),
-        sa.or_(_recipient_stayed, messages.c.recipient == log.c.recipient),
     )
 
 

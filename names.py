@@ -1,7 +1,7 @@
 """The names of scheduled queues: parsed, built, and matched. docs/contract.md, "The name of a message's queue"."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Self
 
@@ -64,11 +64,6 @@ class Criteria:
     routing_domain: str | None = None  # in any case
     queue: tuple[str, ...] = ()  # only queues of these names; empty is any
     id: tuple[str, ...] = ()  # only messages of these ids; empty is any
-
-    @property
-    def every_queue(self) -> bool:
-        """Whether nothing is asked of a queue's name."""
-        return replace(self, id=()) == EVERYTHING
 
     def match(self, queue: str) -> bool:
         """Whether the queue of this name is picked."""

@@ -195,17 +195,11 @@ _names = queue_names().c.queue
 _every_name = sa.select(_names).where(_names.is_not(None))  # built once: it takes longer than to find no queue
 
 
-def matching_queues(db: sa.Connection, criteria: Criteria) -> list[str]:
-    """The names of the queues that match."""
-    found = criteria.queue or db.scalars(_every_name).all()
-    return [name for name in found if criteria.match(name)]
-
-
 def _matching(backend: Backend, db: sa.Connection, criteria: Criteria) -> sa.ColumnElement[bool]:
     """Whether a message matches."""
     matching: sa.ColumnElement[bool] = sa.true()
-    if not criteria.every_queue:
-        names = matching_queues(db, criteria)
+    if replace(criteria, id=()) != EVERYTHING:
+        names = [name for name in criteria.queue or db.scalars(_every_name) if criteria.match(name)]
         matching = backend.among(messages.c.queue, names) if names else sa.false()
     return matching & backend.among(messages.c.id, criteria.id) if criteria.id else matching
 

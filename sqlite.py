@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 from itertools import chain
 from operator import methodcaller
@@ -17,6 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
 import moving
@@ -215,20 +217,15 @@ def merge(meta: sa.ColumnElement[Any], data: Mapping[str, str], unset: Collectio
     return sa.func.json_patch(sa.case((escaped, plain), else_=text), patch, type_=meta.type)
 
 
-_STRING = re.compile(rb'("(?:[^"\\]|\\.)*")(\s*:)?')  # with a colon after it, a key
+_exact = msgspec.json.Decoder(float_hook=Decimal)
+_plain = msgspec.json.Encoder(decimal_format="number")
 
 
 def plain_keys(document: bytes) -> bytes:
-    """A JSON document with its keys written without needless escapes, and all else as it is."""
-
-    def plain(match: re.Match[bytes]) -> bytes:
-        string, colon = match.groups()
-        if colon and b"\\" in string:
-            with suppress(ValueError):  # half a character, or not UTF-8
-                return to_json(json.loads(string)).encode() + colon
-        return match[0]
-
-    return _STRING.sub(plain, document)
+    """A JSON document without needless escapes, and with every digit of its numbers."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # half a character, or not UTF-8
+        return _plain.encode(_exact.decode(document))
+    return document
 
 
 def take_turn(db: sa.Connection) -> None:

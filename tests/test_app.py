@@ -356,7 +356,7 @@ def test_a_handler_that_fails_is_named_with_its_message_and_its_traceback_logged
     queues.load([message(id="m\n[2026-11-25] INFO in app: forged")])
     lines = Lines(service)
     response = service.rebind(query, data={"recipient": "x"}, trigger_rebind_event=True)
-    failed = "the handler rebind_policy.obey failed for message {}: ValueError: .*"
+    failed = "the handler obey failed for message {}: ValueError: .*"
     assert is_problem(response, 500, re.compile(failed.format(r"m\n\[2026-11-25\] INFO in app: forged")))
     refusal = lines.read()[-1]
     said = refusal.removeprefix(f"{PREFIX}{query} 500 ")

@@ -177,7 +177,7 @@ def test_a_handler_that_raises_is_named_and_changes_nothing(queues: QueueRegistr
         if message.id == failing:
             raise RuntimeError("no luck")
 
-    name = "test_event.test_a_handler_that_raises_is_named_and_changes_nothing.<locals>.unlucky"
+    name = "test_a_handler_that_raises_is_named_and_changes_nothing.<locals>.unlucky"
     failures = []
     for dry_run in (True, False):
         with connected_to(do("pass"), unlucky), pytest.raises(HandlerFailed) as failure:
@@ -228,7 +228,7 @@ def test_a_message_that_cannot_be_kept_is_the_handlers_failure(queues: QueueRegi
     rebind.connect(do("raise RuntimeError('this one must not be called')"))
     new = message()
     queues.load([new])
-    failed = f"^the handler test_event.do.<locals>.handler failed for message {new.id}: (?!.*must not be called)"
+    failed = f"^the handler do.<locals>.handler failed for message {new.id}: (?!.*must not be called)"
     with nothing_changes(url), pytest.raises(HandlerFailed, match=failed):
         trigger(queues)
 
