@@ -26,9 +26,10 @@ SPARE = 15  # queues that one claim looks at beyond `count`, since others may ha
 EVERY = 2**31 - 1  # queues
 
 _name, _now = queue_names().c.queue, sa.bindparam("now", type_=sa.Double)
-_has_work = sa.select(messages.c.id).where(messages.c.queue == _name, claimable(_now)).exists()
+# Not EXISTS, which PostgreSQL may answer by a join with every queue.
+_work = sa.select(messages.c.id).where(messages.c.queue == _name, claimable(_now)).limit(1).scalar_subquery()
 # By name, from `:start` on. SQL finds them one by one, and so no more than `:limit`.
-DUE_QUEUES = sa.select(_name).where(_name.is_not(None), _has_work).limit(sa.bindparam("limit", type_=sa.Integer))
+DUE_QUEUES = sa.select(_name).where(_work.is_not(None)).limit(sa.bindparam("limit", type_=sa.Integer))
 
 logger = logging.getLogger(__name__)
 
