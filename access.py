@@ -28,7 +28,9 @@ def init_app(app: Flask) -> None:
     """Read the settings, and guard every path and method of `app`, unknown ones too. Raises SettingError."""
     app.config["TRUSTED_NETWORKS"] = read_networks(app.config["TRUSTED_HOSTS"])
     app.config["TRUSTED_HOSTS"] = None  # In Flask, this setting lists the names that a Host header may have.
-    app.config["PROXIES"] = read_proxies(app.config["PROXIES"])
+    if not re.fullmatch(r"[0-9]{1,2}", str(app.config["PROXIES"])):
+        raise SettingError(f"REBIND_PROXIES must be a whole number from 0 to 99: {app.config['PROXIES']!r}")
+    app.config["PROXIES"] = int(app.config["PROXIES"])
     if app.config["HTPASSWD"]:
         read_hashes(app.config["HTPASSWD"])
     app.before_request(guard)
@@ -138,10 +140,3 @@ def read_network(text: str) -> Network:
         raise ValueError(f"no peer matches {text}")
     mapped = getattr(network.network_address, "ipv4_mapped", None)
     return IPv4Network((mapped, network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
-
-
-def read_proxies(setting: Any) -> int:
-    """The number of proxies in PROXIES. Raises SettingError."""
-    if not re.fullmatch(r"[0-9]{1,2}", str(setting)):
-        raise SettingError(f"REBIND_PROXIES must be a whole number from 0 to 99: {setting!r}")
-    return int(setting)

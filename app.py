@@ -85,7 +85,7 @@ def start(app: Flask) -> None:
     queues.logger.setLevel(logging.INFO)
     queues.logger.addHandler(default_handler)
     try:
-        registry.prepare()
+        registry.database.prepare(create=True)
     except StoreUnavailable as error:
         app.logger.warning("%s; until then, requests are answered with 503", error.in_full)
     app.logger.info("rebind %s on %s", cli.VERSION, registry.database.shown)

@@ -117,7 +117,7 @@ def load(files: tuple[str, ...], skip_existing: bool) -> None:
                         pickle.dump(batch, kept)
             pickle.dump(None, kept)
             kept.seek(0)
-            registry.prepare()
+            registry.database.prepare(create=True)
             every_batch = iter(lambda: pickle.load(kept), None)  # noqa: S301
             loaded = registry.load(chain.from_iterable(every_batch), skip_existing)
     except OSError as error:

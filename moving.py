@@ -149,9 +149,6 @@ class Backend(Protocol):
     def connect_to(self, url: str, busy_timeout: float) -> sa.Engine:
         """Connections that wait `busy_timeout` seconds for others. Raises ArgumentError, ImportError and ValueError."""
 
-    def shown(self, url: str) -> str:
-        """The store for people: its file, or its URL without a password."""
-
     def open_file(self, url: str, create: bool) -> None:
         """Look for the file, or with `create` create one. Raises StoreUnavailable and StoreUnusable."""
 

@@ -81,11 +81,6 @@ def _set_up(connection: Any, settings: Mapping[str, str]) -> None:
     )
 
 
-def shown(url: str) -> str:
-    # SQLAlchemy hides the password. An option may be one too.
-    return sa.make_url(url).set(query={}).render_as_string()
-
-
 def open_file(url: str, create: bool) -> None:
     pass  # a database is created by its administrator, and the server tells whether it is there
 

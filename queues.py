@@ -23,7 +23,7 @@ from message import NewMessage, domain_of, recipient_text, to_json
 from moving import Backend, MessageRow, NewState, Selection, batches
 from names import DISCARDED, EVERYTHING, NAMING_KEYS, Criteria, new_name, queue_name
 from rebinding import Plan, RebindRequest, RebindResult, in_a_line
-from store import Database, StoreConflict, StoreRefused, StoreUnusable
+from store import Database, StoreConflict, StoreRefused
 from tables import MAX_NAME, TOO_LONG, contents, messages
 
 BACKENDS: dict[str, Backend] = {"sqlite": sqlite, "postgresql": postgresql}
@@ -56,11 +56,7 @@ class QueueRegistry:
 
     def bind(self, url: str, busy_timeout: float | str) -> None:
         """Use the database at `url`, and wait at most `busy_timeout` seconds for others. Raises StoreUnusable."""
-        self.database = Database(_backend(url), url, busy_timeout)
-
-    def prepare(self) -> None:
-        """Create the store if there is none, and check it. Raises StoreUnavailable and StoreUnusable."""
-        self.database.prepare(create=True)
+        self.database = Database(BACKENDS, url, busy_timeout)
 
     def rebind(self, request: RebindRequest) -> RebindResult:
         """Handle each matched message exactly once, all or none of them, durably: docs/contract.md.
@@ -165,17 +161,6 @@ class QueueRegistry:
                 for batch in batches(rows, lambda row: len(row.meta) + (row.size or UNKNOWN_SIZE)):
                     held = backend.contents_of(db, [row.id for row in batch]) if content else {}
                     yield from ((row, held.get(row.id)) for row in batch)
-
-
-def _backend(url: str) -> Backend:
-    """The module for this database. Raises StoreUnusable."""
-    try:
-        name = sa.make_url(url).get_backend_name()
-    except (sa.exc.ArgumentError, ValueError) as error:
-        raise StoreUnusable(f"the database URL cannot be used: {error}") from error
-    if name not in BACKENDS:
-        raise StoreUnusable(f"the database URL cannot be used: {name} is neither sqlite nor postgresql")
-    return BACKENDS[name]
 
 
 def claimable(now: Any) -> sa.ColumnElement[bool]:

@@ -1,7 +1,7 @@
 """The database: its connections, its transactions, and its errors. What a rebind means is in queues.py, not here."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
@@ -52,26 +52,30 @@ class Database:
     busy_timeout: how long a statement waits for others, in seconds: a number, or its text. Raises StoreUnusable.
     """
 
-    def __init__(self, backend: Backend, url: str, busy_timeout: Any) -> None:
+    def __init__(self, backends: Mapping[str, Backend], url: str, busy_timeout: Any) -> None:
         with suppress(ValueError):  # what is not a number is refused
             busy_timeout = json.loads(str(busy_timeout))
         if type(busy_timeout) not in (int, float) or not 0 <= busy_timeout <= MAX_WAIT:
             raise StoreUnusable(f"the busy timeout must be a number of seconds from 0 to {MAX_WAIT}: {busy_timeout!r}")
-        self.backend, self._url = backend, url
+        self._url = url
         try:
-            connections = backend.connect_to(url, busy_timeout)
+            name = sa.make_url(url).get_backend_name()
+            if name not in backends:
+                raise ValueError(f"{name} is neither {' nor '.join(backends)}")
+            self.backend = backends[name]
+            connections = self.backend.connect_to(url, busy_timeout)
         except (sa.exc.ArgumentError, ImportError, ValueError) as error:
             raise StoreUnusable(f"the database URL cannot be used: {error}") from error
         sa.event.listen(connections, "begin", _begin)
         self._autocommit = connections.execution_options(begin=None)
-        self._reading = connections.execution_options(begin=backend.BEGIN_READ)
-        self._writing = connections.execution_options(begin=backend.BEGIN_WRITE)
+        self._reading = connections.execution_options(begin=self.backend.BEGIN_READ)
+        self._writing = connections.execution_options(begin=self.backend.BEGIN_WRITE)
         self._prepared = self._may_create = False
 
     @property
     def shown(self) -> str:
-        """The store for people: its file, or its URL without a password."""
-        return self.backend.shown(self._url)
+        """The store for people: its URL without a password. An option may be one too."""
+        return sa.make_url(self._url).set(query={}).render_as_string()
 
     def autocommit(self) -> AbstractContextManager[sa.Connection]:
         """For statements that read, each by itself, without a transaction. Raises StoreUnavailable."""

@@ -83,7 +83,7 @@ class Filled:
 
     def _load(self: Any, url: str) -> None:
         registry.bind(url, busy_timeout=30)
-        registry.prepare()
+        registry.database.prepare(create=True)
         insert(url, rows(self.size))
 
 

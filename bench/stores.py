@@ -85,7 +85,7 @@ def new_messages(count: int, extra: int = 0, seed: int = 7) -> Iterator[NewMessa
 def load(url: str, size: int, extra: int) -> None:
     """Fill the database at `url` as senders do."""
     registry.bind(url, busy_timeout=30)
-    registry.prepare()
+    registry.database.prepare(create=True)
     registry.load(new_messages(size, extra))
 
 

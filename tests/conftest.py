@@ -142,7 +142,7 @@ def link(url: str) -> Iterator[Link]:
 def queues(url: str) -> Iterator[QueueRegistry]:
     """`queues.registry` on an empty database. No handler is connected to the event."""
     registry.database = registry_for(url).database
-    registry.prepare()
+    registry.database.prepare(create=True)
     empty(url)
     yield registry
     rebind.handlers.clear()

@@ -56,7 +56,7 @@ def rebind_and_die(url: str, point: str | int, **fields: Any) -> None:
     import site_policy  # noqa: F401 - its handlers are for this process alone
 
     registry.bind(url, busy_timeout=30)
-    registry.prepare()
+    registry.database.prepare(create=True)
     if point == "commit":
         event.listen(Engine, "commit", die)
     elif point != "after":

@@ -328,7 +328,7 @@ def test_the_first_line_says_what_was_started_and_no_password(
     with new_database(url, tmp_path) as new:
         with_password = make_url(new).set(password="s3cr3t" if "postgresql" in new else None)
         create_app({"DATABASE_URL": with_password.render_as_string(hide_password=False)})
-        shown = make_url(new).set(query={}).render_as_string() if "postgresql" in new else make_url(new).database
+        shown = make_url(new).set(query={}).render_as_string()
         assert caplog.messages == [f"rebind {VERSION} on {shown}"]
 
 

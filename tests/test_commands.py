@@ -492,7 +492,7 @@ def test_a_terminal_shows_the_store_and_a_table_that_fits(
     """And no colours."""
     monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it
     queues.load([message(f"ada@{'x' * 50}.example")])
-    shown = url.removeprefix("sqlite:///")
+    shown = url
     if not url.startswith("sqlite"):
         shown = "postgresql+psycopg://postgres:***@/postgres"
         secret = make_url(url).set(password="secret").render_as_string(hide_password=False)

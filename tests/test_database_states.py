@@ -40,7 +40,7 @@ NO_STORE = "there is no store"
 def used_by(queues: QueueRegistry, url: str) -> None:
     """Let the registry use this database, and load a message into queue `a`."""
     queues.bind(url, busy_timeout=PATIENCE)
-    queues.prepare()
+    queues.database.prepare(create=True)
     queues.load([message(meta={"queue": "a"})])
 
 
@@ -309,7 +309,7 @@ def test_a_store_that_is_prepared_again_is_not_taken_from_those_who_use_it(queue
     with engine_for(url).connect() as db:
         assert db.scalar(text("SELECT count(*) FROM messages")) == 1
         queues.bind(url, busy_timeout=PATIENCE)
-        queues.prepare()
+        queues.database.prepare(create=True)
         file = str(make_url(url).database)
         subprocess.run([sys.executable, "-c", CONNECT, file], check=True)
         assert Path(f"{file}-wal").exists()

@@ -220,7 +220,7 @@ def test_who_follows_the_log_does_not_wait_for_a_transaction_in_another_database
 ) -> None:
     with new_database(url, tmp_path) as ours:
         queues.bind(ours, busy_timeout=PATIENCE)
-        queues.prepare()
+        queues.database.prepare(create=True)
         # A copy's tables have the same numbers.
         with new_database(url, tmp_path, f"TEMPLATE {make_url(ours).database}") as other:
             queues.load([message(id="m")])

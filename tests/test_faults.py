@@ -258,7 +258,7 @@ def test_a_database_with_no_page_to_spare_changes_nothing_until_it_has(
 ) -> None:
     """SQLITE_FULL, whichever page is the first that there is no room for."""
     queues.bind(site, busy_timeout=PATIENCE)  # in which no page is free
-    queues.prepare()
+    queues.database.prepare(create=True)
     rebind.connect(set_data)
     asked, before = WAYS[way](queues, site, 300)
 

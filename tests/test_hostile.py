@@ -32,7 +32,7 @@ def wire(url: str, shared: Start) -> Service:
     """A gunicorn on it, with one message there that every request here would change."""
     own = QueueRegistry()
     own.bind(url, busy_timeout=30)
-    own.prepare()
+    own.database.prepare(create=True)
     own.load([message(id="m-ada")])
     return shared()
 

@@ -39,7 +39,7 @@ def server(new_server: Callable[..., Server]) -> Server:
 def bound(url: str, busy_timeout: float = PATIENCE) -> QueueRegistry:
     """`queues.registry` on this database."""
     registry.bind(url, busy_timeout)
-    registry.prepare()
+    registry.database.prepare(create=True)
     return registry
 
 

@@ -266,7 +266,7 @@ def registry(url: str) -> QueueRegistry:
     """One for all examples, which empty it themselves."""
     registry = QueueRegistry()
     registry.bind(url, busy_timeout=30)
-    registry.prepare()
+    registry.database.prepare(create=True)
     return registry
 
 

@@ -126,7 +126,7 @@ def test_a_new_sqlite_store_has_large_pages_and_one_with_others_is_used_as_it_is
         with closing(sqlite3.connect(file)) as db:
             db.execute("CREATE TABLE of_an_earlier_version (x)")
     queues.bind(f"sqlite:///{file}", busy_timeout=30)
-    queues.prepare()
+    queues.database.prepare(create=True)
     queues.load([message("ada@a.example")])
     assert counts(ask(queues, {"queue": "b"})) == (1,) * 3
     with closing(sqlite3.connect(file)) as db:
@@ -147,7 +147,7 @@ def test_a_store_whose_index_somebody_dropped_gets_it_back(queues: QueueRegistry
 def test_a_sites_own_trigger_on_messages_causes_no_record(queues: QueueRegistry, tmp_path: Path, event: bool) -> None:
     url = f"sqlite:///{tmp_path / 'queues.db'}"
     queues.bind(url, busy_timeout=30)
-    queues.prepare()
+    queues.database.prepare(create=True)
     queues.load([message() for _ in range(3)])
     count_tries = "UPDATE messages SET num_attempts = num_attempts + 1 WHERE id = new.id"
     run_sql(url, f"CREATE TRIGGER tried AFTER UPDATE OF queue ON messages BEGIN {count_tries}; END")

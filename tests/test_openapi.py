@@ -118,7 +118,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     url = f"sqlite:///{tmp_path_factory.mktemp('openapi') / 'queues.db'}"
     own = QueueRegistry()
     own.bind(url, busy_timeout=30)
-    own.prepare()
+    own.database.prepare(create=True)
     names = ["spring-sale", "summer-sale", ""]
     own.load([message(f"ada@{d}.example", id=f"m-{c}-{d}", meta={"campaign": c}) for c in names for d in "ab"])
     return url

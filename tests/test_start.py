@@ -46,7 +46,7 @@ URLS = {
     "an @ in a password": ("postgresql+psycopg://u:p@ss@x/x", "the database URL cannot be used: write an @ .* as %40$"),
     "no folder": ("sqlite:///{folder}/no/x.db", "the database's file cannot be opened: .*/no/x.db: No such file"),
     "a folder for a file": ("sqlite:///{folder}", "the database's file cannot be opened: /.*: Is a directory"),
-    "another version": ("sqlite:///{folder}/old.db", "the store has schema version 1, .*: /.*/old.db$"),
+    "another version": ("sqlite:///{folder}/old.db", "the store has schema version 1, .*: sqlite:///.*/old.db$"),
     "no database": ("sqlite:///{folder}/text", "the file is damaged, or is not a database: "),
 }
 SETTINGS = {

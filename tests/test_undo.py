@@ -228,7 +228,7 @@ def test_a_paced_undo_takes_back_the_next_ones_and_leaves_nothing(
 def test_the_first_rebind_of_a_store_is_undone_as_a_whole(queues: QueueRegistry, url: str, tmp_path: Path) -> None:
     with new_database(url, tmp_path) as new:
         queues.bind(new, busy_timeout=PATIENCE)
-        queues.prepare()
+        queues.database.prepare(create=True)
         queues.load([message(), message()])
         assert counts(undo(queues, ask(queues, {"tenant": "t"}))) == (2, 2, 0)
         queues.database.close()
