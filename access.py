@@ -2,6 +2,7 @@
 
 import re
 import stat
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,11 @@ def peer() -> tuple[str, Address | None]:
     forwarded = request.headers.get("X-Forwarded-For")
     if forwarded is None and not request.remote_addr:
         return "unix", LOOPBACK  # Only processes on this host can connect to a unix socket.
-    address = parse_address(request.remote_addr if forwarded is None else client(forwarded))
+    text = request.remote_addr if forwarded is None else client(forwarded)
+    address: Address | None = None
+    with suppress(ValueError):
+        given = ip_address(text or "")
+        address = getattr(given, "ipv4_mapped", None) or given  # ::ffff:192.0.2.1 is 192.0.2.1
     # Never the text of a header: a client could write anything there.
     return str(address or "unknown"), address
 
@@ -76,15 +81,6 @@ def client(forwarded: str) -> str | None:
     entries = forwarded.split(",")
     proxies: int = current_app.config["PROXIES"]
     return entries[-proxies].strip() if 0 < proxies <= len(entries) else None
-
-
-def parse_address(text: str | None) -> Address | None:
-    """The IP address in `text`, with an IPv4 address in IPv6 (::ffff:192.0.2.1) as IPv4. None if it is not one."""
-    try:
-        address = ip_address(text or "")
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
 
 
 def user() -> str:

@@ -22,7 +22,6 @@ from tables import contents, log, messages
 
 DISCARD = 1000  # messages that one claim discards
 SPARE = 15  # queues that one claim looks at beyond `count`, since others may have been there first
-
 EVERY = 2**31 - 1  # queues
 
 _name, _now = queue_names().c.queue, sa.bindparam("now", type_=sa.Double)

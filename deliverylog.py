@@ -62,9 +62,8 @@ class LogFilter:
 
     def picks(self, row: Any) -> bool:
         """Whether the criteria match a row of the log."""
-        if self.criteria == EVERYTHING:
-            return True
-        return any(self.criteria.match(queue) for queue in {row.queue, row.old_queue or row.queue})
+        before = row.queue if row.old_queue is None else row.old_queue
+        return self.criteria.match(row.queue) or self.criteria.match(before)
 
 
 EVERY_RECORD = LogFilter()

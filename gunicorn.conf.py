@@ -40,7 +40,6 @@ control_socket_disable = True  # whoever may open it could stop the service
 forwarder_headers = ""  # or a client on this host could name another path, in a header SCRIPT_NAME or PATH_INFO
 STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 UNREAD = 16 * 1024 * 1024  # bytes of a refused body that are read and thrown away
-STEP = 64 * 1024  # bytes of it that are read at once
 SILENCE = 10  # seconds that a client may be silent within a request; gthread sets no limit, and each holds a thread
 
 hear_stop = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP)  # those that were held back are delivered
@@ -70,5 +69,5 @@ def post_request(worker: Any, request: Any) -> None:
     """Read the rest of the body: closing a socket with unread bytes would reset it, and the client miss a refusal."""
     left = 0 if request.body.failed else UNREAD  # if reading it has failed before, nothing more will come
     with suppress(OSError, ParseException):
-        while left > 0 and (piece := request.body.read(STEP)):
+        while left > 0 and (piece := request.body.read(64 * 1024)):
             left -= len(piece)

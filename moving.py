@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 BATCH = 500  # messages or records that are in memory at once
 MAX_BATCH = 2**21  # characters of their metadata, or bytes of their contents
-FIRST_ROWS = 4  # that are read, while nobody knows how large they are
+FIRST_ROWS = 16  # that are read while nobody knows how large they are
 
 
 class MessageRow(NamedTuple):

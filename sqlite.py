@@ -35,7 +35,6 @@ BEGIN_WRITE = "BEGIN IMMEDIATE"
 ENCODING = ("PRAGMA encoding", "UTF-8")  # names are ordered by their bytes then
 
 CACHE = 32  # MiB of pages that a rebind keeps in memory, since its index changes all over; others keep 2
-FEW = 16  # rows that are read at once
 MANY = 1000  # messages: with fewer, a checkpoint is left to whoever writes the thousandth page
 
 # The primary result codes (https://www.sqlite.org/rescode.html) that pass by themselves, or when somebody mends the
@@ -337,4 +336,4 @@ def rows(db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
 
 def _each(found: sa.CursorResult[Any]) -> Iterator[Any]:
     """The rows, a few at a time, since their metadata may be large: one at a time takes a tenth longer."""
-    return chain.from_iterable(iter(partial(found.fetchmany, FEW), []))
+    return chain.from_iterable(iter(partial(found.fetchmany, moving.FIRST_ROWS), []))

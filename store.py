@@ -108,7 +108,11 @@ class Database:
             if not found and not self._may_create:
                 raise StoreUnusable("there is no store", self.shown)
             if not found:
-                self._create_tables()
+                with self._translated(), self._writing.begin() as db:
+                    self.backend.take_turn(db)  # of several processes at once, one creates them
+                    metadata.create_all(db)
+                    if not db.scalar(sa.select(schema_version.c.version)):
+                        db.execute(sa.insert(schema_version).values(version=SCHEMA_VERSION))
             elif version != SCHEMA_VERSION:
                 raise StoreUnusable(OTHER_VERSION.format(version), self.shown)
         finally:
@@ -118,13 +122,6 @@ class Database:
     def close(self) -> None:
         """Close the connections: one must not be carried into a forked worker."""
         self._autocommit.dispose()
-
-    def _create_tables(self) -> None:
-        with self._translated(), self._writing.begin() as db:
-            self.backend.take_turn(db)  # of several processes at once, one creates them
-            metadata.create_all(db)
-            if not db.scalar(sa.select(schema_version.c.version)):
-                db.execute(sa.insert(schema_version).values(version=SCHEMA_VERSION))
 
     @contextmanager
     def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:

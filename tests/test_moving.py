@@ -26,7 +26,7 @@ OLDER = pytest.param("older PostgreSQL", marks=pytest.mark.postgresql)
 def go_back_to(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Go on as before PostgreSQL 18, whose UPDATE returns what was there before, if `way` says so."""
     if way == "older PostgreSQL":
-        monkeypatch.setattr(postgresql, "_returns_old", lambda _: False)
+        monkeypatch.setattr(postgresql, "RETURNS_OLD", (99,))
 
 
 def indexes(url: str) -> list[Any]:
