@@ -101,6 +101,7 @@ WRONG_OPTIONS = {
     "--everything --set x": "--set needs KEY=VALUE",
     "--everything --set x=1 --set x=2": "--set gives a key more than once",
     "--tenant a --tenant b": "Invalid value for '--tenant': given more than once",
+    "--everything --limit 1 --limit 2": "Invalid value for '--limit': given more than once",
     "--everything --set \t=x": "--set needs KEY=VALUE",
     "--everything --data []": "data: Not a valid mapping type.",
     "--everything --data=": "--data is not valid JSON: Expecting value: line 1 column 1 (char 0)",

@@ -140,11 +140,11 @@ def test_what_python_takes_for_the_same_may_be_a_change(
     assert str(metas(url)) == str([after])
 
 
-def test_a_handler_may_change_a_list_inside_the_metadata(queues: QueueRegistry, url: str) -> None:
-    queues.load([message(meta={"n": [1]})])
-    with connected_to(do("message.meta['n'].append(2)")):
+def test_a_handler_may_change_what_is_inside_the_metadata(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(meta={"list": [1]}), message(meta={"object": {"n": 1}})])
+    with connected_to(do("message.meta.get('list', []).append(2); message.meta.get('object', {}).update(n=2)")):
         trigger(queues)
-    assert metas(url) == [{"n": [1, 2]}]
+    assert metas(url) == [{"list": [1, 2]}, {"object": {"n": 2}}]
 
 
 class Pool(str, Enum):  # noqa: UP042

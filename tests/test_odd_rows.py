@@ -55,6 +55,7 @@ odd("half a character in a name", "sqlite", meta="""'{"campaign": "\\ud800"}'"""
 odd("a sender that is not UTF-8", "sqlite", sender="CAST(x'ff' AS TEXT)")
 odd("metadata that is not UTF-8", "sqlite", meta="CAST(x'7b226e223a22ff227d' AS TEXT)")
 odd("a queue that is not UTF-8", "sqlite", queue="CAST(x'ff' AS TEXT)")
+odd("half a character for a queue", "sqlite", queue="CAST(x'eda080' AS TEXT)")
 odd("blanks before the metadata", meta="""' \r\n\t{"n": 1}'""")
 
 
