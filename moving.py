@@ -100,7 +100,7 @@ Record = Mapping[str, sa.ColumnElement[Any]]
 BEFORE = ["id", "sender", "recipient", "size", "created", "num_attempts", "meta", "domain", "due"]
 
 
-def record_of(rebind_id: str, before: Any, new_queue: Any, **news: sa.ColumnElement[Any]) -> Record:
+def record_of(rebind_id: str | None, before: Any, new_queue: Any, **news: sa.ColumnElement[Any]) -> Record:
     """An AdminRebind record: the message's columns before, and NEW_COLUMNS unless they follow from the request."""
     columns = {name: before[name] for name in BEFORE}
     columns |= {"type": sa.literal("AdminRebind", sa.Text), "rebind_id": sa.literal(rebind_id, sa.Text)}

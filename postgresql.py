@@ -160,12 +160,11 @@ def sized(db: sa.Connection, selection: Selection) -> Selection:
 def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id: str | None) -> tuple[int, int]:
     # One statement. A message that another transaction has changed meanwhile is evaluated again. Messages are locked as
     # they come: if a worker locks several in another order, the database ends one of the two.
-    names, changing = [*moving.BEFORE, "queue"], ["queue"]
+    names = [*moving.BEFORE, "queue"]
     where = selection.where
     old: Any = {name: sa.literal_column(f"old.{name}", messages.c[name].type) for name in names}
     if selection.of_records:
         where &= messages.c.id == log.c.id
-        changing += ["sender", "recipient", "meta", "due"]
     if selection.limit is not None or (db.dialect.server_version_info or (0,)) < RETURNS_OLD:
         keys = [log.c.key] if selection.of_records else []
         found = selection.select(*(messages.c[name] for name in names), *keys)
@@ -173,25 +172,13 @@ def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id
         where, old = messages.c.id == locked.c.id, locked.c
         if selection.of_records:
             where &= log.c.key == locked.c.key
-    changed = (
-        sa.update(messages)
-        .where(where)
-        .values({**new.values})
-        .returning(
-            *(old[name].label(f"old_{name}") for name in names),
-            *(messages.c[name].label(f"now_{name}") for name in changing),
-        )
-        .cte("changed")
-    )
-    before = {name: changed.c[f"old_{name}"] for name in names}
-    after = {name: changed.c[f"now_{name}"] for name in changing}
-    moves = sa.func.count().filter(before["queue"] != after["queue"])
+    news = moving.unless_same(old, messages.c, moving.NEW_OF_UNDO) if selection.of_records else {}
+    columns = moving.record_of(rebind_id, old, messages.c.queue, **news)
+    changed, records = _recorded(sa.update(messages).where(where).values({**new.values}), columns)
+    moves = sa.func.count().filter(changed.c.queue != changed.c.old_queue)
     counts = sa.select(sa.func.count(), moves).select_from(changed)
     if rebind_id is not None:
-        news = moving.unless_same(before, after, moving.NEW_OF_UNDO) if selection.of_records else {}
-        columns = moving.record_of(rebind_id, before, after["queue"], **news)
-        records = sa.select(*columns.values()).select_from(changed)
-        counts = counts.add_cte(sa.insert(log).from_select(list(columns), records).cte("records"))
+        counts = counts.add_cte(records.cte("records"))
     matched, moved = db.execute(counts).one()
     return matched, moved
 
@@ -274,9 +261,14 @@ def _update_batch(rebind_id: str | None) -> sa.Update | sa.Insert:
     if rebind_id is None:
         return change
     news = {name: became[name.removeprefix("new_")] for name in moving.NEW_COLUMNS}
-    columns = moving.record_of(rebind_id, before.c, each.c.queue, **news)
-    changed = change.returning(*(value.label(name) for name, value in columns.items())).cte("changed")
-    return sa.insert(log).from_select(list(columns), sa.select(changed))
+    _, records = _recorded(change, moving.record_of(rebind_id, before.c, each.c.queue, **news))
+    return records
+
+
+def _recorded(change: sa.Update, record: moving.Record) -> tuple[sa.CTE, sa.Insert]:
+    """What is changed, as records, and the statement that writes them."""
+    changed = change.returning(*(value.label(name) for name, value in record.items())).cte("changed")
+    return changed, sa.insert(log).from_select(list(record), sa.select(changed))
 
 
 @contextmanager
