@@ -94,25 +94,21 @@ class NewState:
     due_if_moved: bool  # `due` stays the same for messages that do not move
 
 
-Record = Mapping[str, sa.ColumnElement[Any]]
+Record = dict[str, sa.ColumnElement[Any]]
 
 # A record's columns that hold what its message was before.
 BEFORE = ["id", "sender", "recipient", "size", "created", "num_attempts", "meta", "domain", "due"]
 
 
-def record_of(rebind_id: str | None, before: Any, new_queue: Any, **news: sa.ColumnElement[Any]) -> Record:
-    """An AdminRebind record: the message's columns before, and NEW_COLUMNS unless they follow from the request."""
+def record_of(rebind_id: str | None, before: Any, after: Any, news: Iterable[str] = ()) -> Record:
+    """An AdminRebind record: the message's columns before, its queue after, and of `news` what is not as before."""
     columns = {name: before[name] for name in BEFORE}
     columns |= {"type": sa.literal("AdminRebind", sa.Text), "rebind_id": sa.literal(rebind_id, sa.Text)}
-    return columns | {"queue": new_queue, "old_queue": before["queue"]} | news
-
-
-def unless_same(before: Any, after: Any, names: Iterable[str]) -> Record:
-    """What a record says that its message became, NULL for what has not changed."""
-    return {
-        name: sa.func.nullif(after[column], before[column], type_=log.c[name].type)
-        for name, column in ((name, name.removeprefix("new_")) for name in names)
-    }
+    columns |= {"queue": after["queue"], "old_queue": before["queue"]}
+    for name in news:
+        column = name.removeprefix("new_")
+        columns[name] = sa.func.nullif(after[column], before[column], type_=log.c[name].type)
+    return columns
 
 
 def of_rebind(rebind: Any) -> sa.ColumnElement[bool]:

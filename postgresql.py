@@ -172,9 +172,8 @@ def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id
         where, old = messages.c.id == locked.c.id, locked.c
         if selection.of_records:
             where &= log.c.key == locked.c.key
-    news = moving.unless_same(old, messages.c, moving.NEW_OF_UNDO) if selection.of_records else {}
-    columns = moving.record_of(rebind_id, old, messages.c.queue, **news)
-    changed, records = _recorded(sa.update(messages).where(where).values({**new.values}), columns)
+    record = moving.record_of(rebind_id, old, messages.c, moving.NEW_OF_UNDO if selection.of_records else ())
+    changed, records = _recorded(sa.update(messages).where(where).values({**new.values}), record)
     moves = sa.func.count().filter(changed.c.queue != changed.c.old_queue)
     counts = sa.select(sa.func.count(), moves).select_from(changed)
     if rebind_id is not None:
@@ -261,7 +260,7 @@ def _update_batch(rebind_id: str | None) -> sa.Update | sa.Insert:
     if rebind_id is None:
         return change
     news = {name: became[name.removeprefix("new_")] for name in moving.NEW_COLUMNS}
-    _, records = _recorded(change, moving.record_of(rebind_id, before.c, each.c.queue, **news))
+    _, records = _recorded(change, moving.record_of(rebind_id, before.c, became) | news)
     return records
 
 

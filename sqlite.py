@@ -305,7 +305,7 @@ def _recorded(db: sa.Connection, changed: Iterable[str], rebind_id: str | None, 
     names = [*moving.BEFORE, "queue"]
     old: Any = {name: sa.literal_column(f"old.{name}") for name in names}
     new: Any = {name: sa.literal_column(f"new.{name}") for name in names}
-    columns = moving.record_of(rebind_id, old, new["queue"], **moving.unless_same(old, new, news))
+    columns = moving.record_of(rebind_id, old, new, news)
     # A trigger has no parameters: SQLAlchemy quotes what it writes.
     insertion = sa.insert(log).values(columns).compile(db, compile_kwargs={"literal_binds": True})
     on = f"UPDATE OF {', '.join(changed)} ON main.messages"
