@@ -63,13 +63,9 @@ class Database:
             if name not in backends:
                 raise ValueError(f"{name} is neither {' nor '.join(backends)}")
             self.backend = backends[name]
-            connections = self.backend.connect_to(url, busy_timeout)
+            self._engine = self.backend.connect_to(url, busy_timeout)
         except (sa.exc.ArgumentError, ImportError, ValueError) as error:
             raise StoreUnusable(f"the database URL cannot be used: {error}") from error
-        sa.event.listen(connections, "begin", _begin)
-        self._autocommit = connections.execution_options(begin=None)
-        self._reading = connections.execution_options(begin=self.backend.BEGIN_READ)
-        self._writing = connections.execution_options(begin=self.backend.BEGIN_WRITE)
         self._prepared = self._may_create = False
 
     @property
@@ -79,15 +75,15 @@ class Database:
 
     def autocommit(self) -> AbstractContextManager[sa.Connection]:
         """For statements that read, each by itself, without a transaction. Raises StoreUnavailable."""
-        return self._transaction(self._autocommit)
+        return self._transaction()
 
     def begin_read(self) -> AbstractContextManager[sa.Connection]:
         """A transaction that changes nothing, waits for no writer, and sees one moment. Raises StoreUnavailable."""
-        return self._transaction(self._reading)
+        return self._transaction(self.backend.BEGIN_READ)
 
     def begin_write(self) -> AbstractContextManager[sa.Connection]:
         """A transaction that is committed, or rolled back by any exception. Raises StoreUnavailable, StoreRefused."""
-        return self._transaction(self._writing)
+        return self._transaction(self.backend.BEGIN_WRITE)
 
     def prepare(self, create: bool = False) -> None:
         """Check that the store can be used, and with `create`, once, make its tables if it has none.
@@ -99,7 +95,7 @@ class Database:
             return
         try:
             self.backend.open_file(self._url, self._may_create)
-            with self._translated(), self._autocommit.begin() as db:
+            with self._translated(), self._engine.begin() as db:
                 question, needed = self.backend.ENCODING
                 if (encoding := db.scalar(sa.text(question))) != needed:
                     raise StoreUnusable(f"the encoding of the database is {encoding}: it must be {needed}")
@@ -108,7 +104,8 @@ class Database:
             if not found and not self._may_create:
                 raise StoreUnusable("there is no store", self.shown)
             if not found:
-                with self._translated(), self._writing.begin() as db:
+                with self._translated(), self._engine.begin() as db:
+                    db.exec_driver_sql(self.backend.BEGIN_WRITE)
                     self.backend.take_turn(db)  # of several processes at once, one creates them
                     metadata.create_all(db)
                     if not db.scalar(sa.select(schema_version.c.version)):
@@ -121,16 +118,18 @@ class Database:
 
     def close(self) -> None:
         """Close the connections: one must not be carried into a forked worker."""
-        self._autocommit.dispose()
+        self._engine.dispose()
 
     @contextmanager
-    def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:
+    def _transaction(self, begin: str | None = None) -> Iterator[sa.Connection]:
         self.prepare()
         committing = False
         try:
-            with self._translated(), engine.begin() as db:
+            with self._translated(), self._engine.begin() as db:
+                if begin:
+                    db.exec_driver_sql(begin)
                 yield db
-                committing = engine is self._writing
+                committing = begin == self.backend.BEGIN_WRITE
                 if not committing:
                     db.rollback()  # who reads leaves no trace
         except (StoreUnavailable, StoreUnusable) as error:
@@ -152,8 +151,3 @@ class Database:
             raise
         except UnicodeEncodeError as error:
             raise StoreRefused("a text contains a lone surrogate, which is not UTF-8") from error
-
-
-def _begin(db: sa.Connection) -> None:
-    if begin := db.get_execution_options()["begin"]:
-        db.exec_driver_sql(begin)
