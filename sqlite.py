@@ -12,7 +12,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from decimal import Decimal
 from functools import partial
-from itertools import chain
 from operator import methodcaller
 from pathlib import Path
 from threading import Thread
@@ -277,7 +276,7 @@ def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_
         _in_bulk(db, selection, values),
         db.execute(found) as read,  # a statement that is still open would keep the next rebind from the index
     ):
-        each = ((row[-1], decide(MessageRow._make(row[:-1]))) for row in _each(read))
+        each = ((row[-1], decide(MessageRow._make(row[:-1]))) for row in read.yield_per(moving.FIRST_ROWS))
         for batch in moving.batches(each, lambda one: len(one[1].meta or "")):
             decided.clear()
             decided.update(batch)
@@ -331,9 +330,4 @@ def _in_bulk(db: sa.Connection, selection: Selection, changed: Collection[str]) 
 
 def rows(db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
     with db.execute(selection.select(*moving.MESSAGE_COLUMNS)) as found:
-        yield from map(MessageRow._make, _each(found))
-
-
-def _each(found: sa.CursorResult[Any]) -> Iterator[Any]:
-    """The rows, a few at a time, since their metadata may be large: one at a time takes a tenth longer."""
-    return chain.from_iterable(iter(partial(found.fetchmany, moving.FIRST_ROWS), []))
+        yield from map(MessageRow._make, found.yield_per(moving.FIRST_ROWS))
