@@ -53,8 +53,8 @@ _rowid: sa.ColumnElement[int] = sa.literal_column("messages.rowid", sa.Integer)
 
 
 def connect_to(url: str, busy_timeout: float) -> sa.Engine:
-    file = StoreFile(_file_of(url))
-    if file.name.startswith((":memory:", "file:")) or file.name in ("", "None") or "?" in url:
+    file = StoreFile(sa.make_url(url).database or "")
+    if file.name.startswith((":memory:", "file:")) or not file.name or "?" in url:
         raise sa.exc.ArgumentError("after sqlite:/// must be the name of a file, and nothing else")
     engine = sa.create_engine(
         url,
@@ -134,14 +134,10 @@ def _checkpoint(file: StoreFile, connection: Any, record: Any) -> None:
     Thread(target=checkpoint).start()
 
 
-def _file_of(url: str) -> str:
-    return str(sa.make_url(url).database)
-
-
 def open_file(url: str, create: bool) -> None:
     # A file that is there is not opened: to close it would end this process's locks on it, those of its connections
     # included (https://www.sqlite.org/howtocorrupt.html, 2.2). A new one is readable by its own user only.
-    file = _file_of(url)
+    file = str(sa.make_url(url).database)
     try:
         if create and not any(os.access(folder, os.W_OK | os.X_OK) for folder in TEMPORARY if folder):
             raise StoreUnusable(NO_TEMPORARY)
