@@ -31,10 +31,8 @@ class MessageRow(NamedTuple):
 
 
 MESSAGE_COLUMNS: list[sa.ColumnElement[Any]] = [
-    messages.c.sender,
-    messages.c.recipient,
-    sa.cast(messages.c.meta, sa.Text).label("meta"),
-    *(messages.c[name] for name in ("id", "queue", "domain", "size", "created", "due", "num_attempts")),
+    sa.cast(messages.c.meta, sa.Text).label("meta") if name == "meta" else messages.c[name]
+    for name in MessageRow._fields
 ]
 
 
