@@ -54,16 +54,13 @@ def keep(db: sa.Connection, request: RebindRequest, result: RebindResult, now: f
 
 def rebinds_done(database: Database, since: float | None = None, limit: int | None = None) -> list[dict[str, Any]]:
     """The history, newest first, or what there is `since` then, in seconds since 1970. Raises StoreUnavailable."""
-    newest = sa.select(rebinds).order_by(rebinds.c.number.desc()).limit(limit)
+    time, left = rebinds.c.event_time.label("time"), rebinds.c.left_alone.label("left")
+    columns = rebinds.c["rebind_id", "actor", "reason", "idempotency_key", "matched", "moved", "flushed", "request"]
+    newest = sa.select(time, left, *columns).order_by(rebinds.c.number.desc()).limit(limit)
     if since is not None:
         newest = newest.where(rebinds.c.event_time >= since)
     with database.autocommit() as db:
-        rows = db.execute(newest).mappings().all()
-    shown = ("rebind_id", "actor", "reason", "idempotency_key", "matched", "moved", "flushed", "request")
-    return [
-        {"time": rfc3339(row["event_time"]), "left": row["left_alone"]} | {name: row[name] for name in shown}
-        for row in rows
-    ]
+        return [{**row, "time": rfc3339(row["time"])} for row in db.execute(newest).mappings()]
 
 
 def rebind_done(db: sa.Connection, rebind_id: str) -> Any:
