@@ -110,24 +110,19 @@ def undo(backend: Backend, db: sa.Connection, request: RebindRequest, now: float
     rewritten_as_left = _rewritten(meta_before, messages.c.meta)
     as_left = _as_left(meta_left, now)
     only_due = sa.and_(flushed, messages.c.due == due_left)
+    new = _had(first, request, now)
     back = sa.and_(
         messages.c.queue == log.c.old_queue,
-        messages.c.meta == log.c.meta,
-        sa.or_(_sender_stayed, messages.c.sender == log.c.sender),
-        sa.or_(_recipient_stayed, messages.c.recipient == log.c.recipient),
+        *(messages.c[name] == new.values[name] for name in ("meta", "sender", "recipient")),
         sa.or_(messages.c.due == log.c.due, rewritten),
     )
+    as_left_or_back = sa.or_(back, as_left & sa.or_(rewritten, only_due))  # unknown of a message that is gone
     return Undo(
         first,
         matching=sa.and_(of_rebind(first), as_left, sa.or_(rewritten_as_left, only_due)),
-        left_alone=_no(back) & _no(as_left & sa.or_(rewritten, only_due)) & sa.or_(rewritten, flushed),
-        new=_had(first, request, now),
+        left_alone=sa.or_(rewritten, flushed) & ~sa.func.coalesce(as_left_or_back, sa.false(), type_=sa.Boolean),
+        new=new,
     )
-
-
-def _no(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-    """Whether the condition is false, or unknown since the message is gone."""
-    return ~sa.func.coalesce(condition, sa.false(), type_=sa.Boolean)
 
 
 _sender_stayed, _recipient_stayed = log.c.new_sender.is_(None), log.c.new_recipient.is_(None)
