@@ -203,7 +203,7 @@ def to_json(value: Any) -> str:
         return text.encode("utf-8", "backslashreplace").decode()
 
 
-def from_json(text: str) -> Any:
+def from_json(text: str | bytes) -> Any:
     """The value of JSON from the tables. Raises ValueError and RecursionError for what Python cannot read."""
     try:
         return msgspec.json.decode(text)

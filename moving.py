@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import sqlalchemy as sa
 
+from message import from_json, to_json
 from tables import log, messages
 
 Item = TypeVar("Item")
@@ -13,6 +14,9 @@ Item = TypeVar("Item")
 BATCH = 500  # messages or records that are in memory at once
 MAX_BATCH = 2**21  # characters of their metadata, or bytes of their contents
 FIRST_ROWS = 16  # that are read while nobody knows how large they are
+
+# Of SQLAlchemy's engines. The server's threads are the bound of their connections.
+ENGINE: dict[str, Any] = {"json_serializer": to_json, "json_deserializer": from_json, "max_overflow": -1}
 
 
 class MessageRow(NamedTuple):

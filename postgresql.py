@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 import moving
-from message import from_json, to_json
+from message import to_json
 from moving import Decide, MessageRow, NewState, Selection, Update
 from store import StoreConflict, StoreRefused, StoreUnavailable, StoreUnusable
 from tables import TOO_LONG, contents, log, messages
@@ -52,10 +52,8 @@ def connect_to(url: str, busy_timeout: float) -> sa.Engine:
     patience = {"idle": max(1, half // 2), "interval": max(1, half // 4), "count": 2}
     engine = sa.create_engine(
         url,
-        json_serializer=to_json,
-        json_deserializer=lambda value: from_json(value.decode()),
+        **moving.ENGINE,
         pool_pre_ping=True,  # a connection that was cut is replaced before it is used
-        max_overflow=-1,  # the server's threads are the bound
         connect_args={"client_encoding": "utf8", "connect_timeout": half, "tcp_user_timeout": half * 1000}
         | {f"keepalives_{name}": value for name, value in patience.items()},
     )

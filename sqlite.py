@@ -21,7 +21,7 @@ import msgspec
 import sqlalchemy as sa
 
 import moving
-from message import from_json, to_json
+from message import to_json
 from moving import Decide, MessageRow, NewState, Selection, Update
 from store import StoreDamaged, StoreRefused, StoreUnavailable, StoreUnusable
 from tables import TOO_LONG, log, messages, messages_queue_due
@@ -56,13 +56,7 @@ def connect_to(url: str, busy_timeout: float) -> sa.Engine:
     file = StoreFile(sa.make_url(url).database or "")
     if file.name.startswith((":memory:", "file:")) or not file.name or "?" in url:
         raise sa.exc.ArgumentError("after sqlite:/// must be the name of a file, and nothing else")
-    engine = sa.create_engine(
-        url,
-        creator=file.connect,
-        max_overflow=-1,  # the server's threads are the bound
-        json_serializer=to_json,
-        json_deserializer=from_json,
-    )
+    engine = sa.create_engine(url, creator=file.connect, **moving.ENGINE)
     sa.event.listen(engine, "connect", lambda connection, _: _set_up(connection, busy_timeout))
     sa.event.listen(engine, "checkout", lambda *_: file.refuse_another())
     sa.event.listen(engine, "checkin", partial(_checkpoint, file))
