@@ -140,7 +140,9 @@ def settle(claim: Claim, outcomes: Sequence[Outcome], due: float | None = None) 
         row = db.execute(sa.select(messages).where(this).with_for_update()).one_or_none()
         if row is None:
             return False
-        if _is_settled(db, row, claim, later):
+        settled = row.leased_until != claim.leased_until and row.num_attempts > claim.num_attempts
+        # The answer to that was lost. After the end of the lease, another worker may have had the message.
+        if settled and (row.due == later or registry.database.backend.now(db) < claim.leased_until):
             return True
         recipients = _recipients(row.recipient)
         done = {each for outcome in outcomes if outcome.type != "TransientFailure" for each in outcome.recipients}
@@ -158,14 +160,6 @@ def settle(claim: Claim, outcomes: Sequence[Outcome], due: float | None = None) 
             db.execute(sa.delete(messages).where(this))
         db.execute(sa.insert(log), [_record(claim, outcome) for outcome in outcomes])
     return True
-
-
-def _is_settled(db: sa.Connection, row: Any, claim: Claim, later: float) -> bool:
-    """Whether this claim was settled before, and the answer was lost."""
-    if row.leased_until == claim.leased_until or row.num_attempts <= claim.num_attempts:
-        return False
-    # After the end of the lease, another worker may have had the message.
-    return bool(row.due == later or registry.database.backend.now(db) < claim.leased_until)
 
 
 def recipient_list(message: Message) -> list[str]:
