@@ -18,7 +18,7 @@ from moving import MESSAGE_COLUMNS
 from names import DISCARDED, state_of
 from queues import claimable, queue_names, registry
 from rebinding import printable
-from tables import contents, log, messages
+from tables import OF_MESSAGE, contents, log, messages
 
 DISCARD = 1000  # messages that one claim discards
 SPARE = 15  # queues that one claim looks at beyond `count`, since others may have been there first
@@ -185,8 +185,7 @@ def _recipients(text: str) -> list[str]:
 
 
 def _record(claim: Claim, outcome: Outcome) -> dict[str, Any]:
-    names = ("id", "sender", "queue", "meta", "size", "created", "num_attempts")
-    return {name: getattr(claim, name) for name in names} | {
+    return {name: getattr(claim, name) for name in OF_MESSAGE} | {
         "type": outcome.type,
         "recipient": recipient_text(outcome.recipients),
         "details": outcome.details,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import sqlalchemy as sa
 
 from message import from_json, to_json
-from tables import log, messages
+from tables import OF_MESSAGE, log, messages
 
 Item = TypeVar("Item")
 
@@ -98,8 +98,8 @@ class NewState:
 
 Record = dict[str, sa.ColumnElement[Any]]
 
-# A record's columns that hold what its message was before.
-BEFORE = ["id", "sender", "recipient", "size", "created", "num_attempts", "meta", "domain", "due"]
+# Columns that say what a message was before; `queue` is `old_queue` in a record.
+BEFORE = (*OF_MESSAGE, "domain", "due")
 
 
 def record_of(rebind_id: str | None, before: Any, after: Any, news: Iterable[str] = ()) -> Record:

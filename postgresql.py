@@ -158,14 +158,13 @@ def sized(db: sa.Connection, selection: Selection) -> Selection:
 def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id: str | None) -> tuple[int, int]:
     # One statement. A message that another transaction has changed meanwhile is evaluated again. Messages are locked as
     # they come: if a worker locks several in another order, the database ends one of the two.
-    names = [*moving.BEFORE, "queue"]
     where = selection.where
-    old: Any = {name: sa.literal_column(f"old.{name}", messages.c[name].type) for name in names}
+    old: Any = {name: sa.literal_column(f"old.{name}", messages.c[name].type) for name in moving.BEFORE}
     if selection.of_records:
         where &= messages.c.id == log.c.id
     if selection.limit is not None or (db.dialect.server_version_info or (0,)) < RETURNS_OLD:
         keys = [log.c.key] if selection.of_records else []
-        found = selection.select(*(messages.c[name] for name in names), *keys)
+        found = selection.select(*messages.c[moving.BEFORE], *keys)
         locked = found.with_for_update(key_share=True, of=messages).cte("locked")
         where, old = messages.c.id == locked.c.id, locked.c
         if selection.of_records:

@@ -291,9 +291,8 @@ def _recorded(db: sa.Connection, changed: Iterable[str], rebind_id: str | None, 
     if rebind_id is None:
         yield
         return
-    names = [*moving.BEFORE, "queue"]
-    old: Any = {name: sa.literal_column(f"old.{name}") for name in names}
-    new: Any = {name: sa.literal_column(f"new.{name}") for name in names}
+    old: Any = {name: sa.literal_column(f"old.{name}") for name in moving.BEFORE}
+    new: Any = {name: sa.literal_column(f"new.{name}") for name in moving.BEFORE}
     columns = moving.record_of(rebind_id, old, new, news)
     # A trigger has no parameters: SQLAlchemy quotes what it writes.
     insertion = sa.insert(log).values(columns).compile(db, compile_kwargs={"literal_binds": True})

@@ -111,20 +111,15 @@ rebinds = sa.Table(
     sqlite_autoincrement=True,
 )
 
+# What each record has of its message. A record of a rebind has it as it was before, except the queue.
+OF_MESSAGE = ("id", "sender", "recipient", "queue", "meta", "size", "created", "num_attempts")
+
 log = sa.Table(
     "log",
     metadata,
     sa.Column("key", Number, sa.Identity(), primary_key=True),
     sa.Column("type", sa.Text, nullable=False),
-    # of the message: an AdminRebind record has what it was before, except `queue`, which is where it is now
-    sa.Column("id", Name, nullable=False),
-    sa.Column("sender", sa.Text, nullable=False),
-    sa.Column("recipient", sa.Text, nullable=False),
-    sa.Column("queue", Name, nullable=False),
-    sa.Column("meta", Document, nullable=False),
-    sa.Column("size", Number, nullable=False),
-    sa.Column("created", Seconds, nullable=False),
-    sa.Column("num_attempts", sa.Integer, nullable=False),
+    *(sa.Column(column.name, column.type, nullable=False) for column in messages.c[OF_MESSAGE]),
     # of an AdminRebind record alone; what all records of a rebind share is in `rebinds`
     sa.Column("rebind_id", sa.Text),
     sa.Column("old_queue", Name),
