@@ -143,6 +143,7 @@ class Backend(Protocol):
     ENCODING: tuple[str, str]  # how to ask for the database's encoding, and what it must be
     BEGIN_READ: str  # begins a transaction that sees everything as it was at one moment
     BEGIN_WRITE: str
+    DriverError: type[Exception]  # that is what its driver raises
 
     def connect_to(self, url: str, busy_timeout: float) -> sa.Engine:
         """Connections that wait `busy_timeout` seconds for others. Raises ArgumentError, ImportError and ValueError."""

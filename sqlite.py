@@ -31,6 +31,7 @@ BEGIN_READ = "BEGIN"
 # so a writer takes its turn at its beginning. A reader neither waits nor is waited for.
 BEGIN_WRITE = "BEGIN IMMEDIATE"
 
+DriverError: type[Exception] = sqlite3.Error
 ENCODING = ("PRAGMA encoding", "UTF-8")  # names are ordered by their bytes then
 
 CACHE = 32  # MiB of pages that a rebind keeps in memory, since its index changes all over; others keep 2
@@ -266,7 +267,8 @@ def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_
         _in_bulk(db, selection, values),
         db.execute(found) as read,  # a statement that is still open would keep the next rebind from the index
     ):
-        each = ((row[-1], decide(MessageRow._make(row[:-1]))) for row in read.yield_per(moving.FIRST_ROWS))
+        cursor: Any = read.cursor
+        each = ((row[-1], decide(MessageRow._make(row[:-1]))) for row in cursor)
         for batch in moving.batches(each, lambda one: len(one[1].meta or "")):
             decided.clear()
             decided.update(batch)
@@ -319,4 +321,5 @@ def _in_bulk(db: sa.Connection, selection: Selection, changed: Collection[str]) 
 
 def rows(db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
     with db.execute(selection.select(*moving.MESSAGE_COLUMNS)) as found:
-        yield from map(MessageRow._make, found.yield_per(moving.FIRST_ROWS))
+        cursor: Any = found.cursor  # without SQLAlchemy's rows, which take a tenth of the time
+        yield from map(MessageRow._make, cursor)

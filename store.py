@@ -145,9 +145,10 @@ class Database:
         """The one place where a driver's errors become ours. What they mean is in a table of each engine."""
         try:
             yield
-        except sa.exc.DBAPIError as error:
-            if meaning := self.backend.meaning(error):
-                raise meaning from error
+        except (sa.exc.DBAPIError, self.backend.DriverError) as error:  # some are not by SQLAlchemy's hand
+            known = error if isinstance(error, sa.exc.DBAPIError) else sa.exc.DBAPIError(None, None, error)
+            if meaning := self.backend.meaning(known):
+                raise meaning from known
             raise
         except UnicodeEncodeError as error:
             raise StoreRefused("a text contains a lone surrogate, which is not UTF-8") from error
