@@ -10,7 +10,7 @@ from threading import BoundedSemaphore
 from typing import Any
 
 import click
-from flask import Blueprint, Flask, Response, abort, current_app, g, jsonify, request
+from flask import Blueprint, Flask, Response, abort, current_app, g, request
 from flask.logging import default_handler
 from marshmallow import ValidationError
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
@@ -92,7 +92,7 @@ def start(app: Flask) -> None:
 
 
 @admin.post("/api/admin/rebind/v1", provide_automatic_options=False)
-def rebind() -> Response:
+def rebind() -> tuple[dict[str, Any], dict[str, str]]:
     """Rebind messages. docs/contract.md, "The request" and "Beyond the page"."""
     query = schemas.rebind_query(dict(request.args.lists()))
     key = None if query["dry_run"] else schemas.idempotency_key(request.headers.get("Idempotency-Key"))
@@ -102,11 +102,9 @@ def rebind() -> Response:
     if result.plan is not None:
         moves = [{"from": move.source, "to": move.to, "messages": move.messages} for move in result.plan.moves]
         body = {"moves": moves, "more": result.plan.more}
-    response = jsonify(body)
     numbers = {"Matched": result.matched, "Moved": result.moved, "Flushed": result.flushed, "Left": result.left}
     headers = {"Id": result.rebind_id, **numbers}
-    response.headers.extend((f"Rebind-{name}", str(value)) for name, value in headers.items() if value is not None)
-    return response
+    return body, {f"Rebind-{name}": str(value) for name, value in headers.items() if value is not None}
 
 
 def rebind_in_turn(asked: RebindRequest) -> RebindResult:
