@@ -73,7 +73,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.register_error_handler(ValidationError, fields_problem)
     for error_class in STATUS:
         app.register_error_handler(error_class, registry_problem)
-    cli.init_app(app)
+    app.register_blueprint(cli.commands)
     command = click.get_current_context(silent=True)
     if command is None or command.info_name == "run":  # not for a command such as `flask load`
         start(app)

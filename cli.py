@@ -25,7 +25,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import click
-from flask import Flask
+from flask import Blueprint
 from marshmallow import ValidationError
 
 import deliverylog
@@ -94,13 +94,10 @@ class StoreCommand(click.Command):
             raise click.ClickException(f"standard output: {error.strerror}") from error
 
 
-def init_app(app: Flask) -> None:
-    """Give the application its commands."""
-    for command in (load, queues, messages, rebind, log, history, prune):
-        app.cli.add_command(command)
+commands = Blueprint("commands", __name__, cli_group=None)  # beside the commands of the application, not below a name
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @click.argument("files", type=click.Path(allow_dash=True), nargs=-1, required=True)
 @click.option("--skip-existing", is_flag=True, help="Skip messages whose ids are in the store already.")
 def load(files: tuple[str, ...], skip_existing: bool) -> None:
@@ -165,7 +162,7 @@ def say_missing(ids: tuple[str, ...], limit: int | None, found: int) -> None:
         click.echo(f"{found} of {counted(len({*ids}), 'message')} found", err=True)
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @queue_options
 @id_option
 @click.option("--everything", is_flag=True, help="Rebind all queues. Needed if there is no criterion.")
@@ -235,7 +232,7 @@ def rebound(request: RebindRequest) -> RebindResult:
         return registry.rebind(request)
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @queue_options
 @click.option("--deliverable", is_flag=True, help="Leave out queues on hold and the queue null.")
 @click.option("--sort", type=click.Choice(list(SORT)), default="name", show_default=True)
@@ -265,7 +262,7 @@ def queues(deliverable: bool, sort: str, limit: int | None, as_json: bool, **cri
     click.echo(total + (f"; {len(rows)} shown" if len(rows) < len(found) else ""))
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @queue_options
 @id_option
 @click.option("--limit", metavar="N", type=LIMIT, help="At most N messages, those due soonest.")
@@ -287,7 +284,7 @@ def messages(limit: int | None, content: bool, **criteria: Any) -> None:
     sys.exit(bool(unreadable))
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @queue_options
 @click.option("--follow", is_flag=True, help="Continue with new records as they are written.")
 @click.option("--after", metavar="KEY", type=KEY, help="Start after the record with this key.")
@@ -320,7 +317,7 @@ def end_with_the_reader() -> None:
     os._exit(1)
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @click.option("--since", metavar="TIME", type=time_of, help="Only rebinds from this time on (UTC by default).")
 @click.option("--limit", metavar="N", type=LIMIT, help="At most N rebinds.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with all that was asked.")
@@ -350,7 +347,7 @@ def as_options(asked: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @click.option("--before", metavar="TIME", type=time_of, required=True, help="Remove what is older (UTC by default).")
 @click.option("--dry-run", is_flag=True, help="Only say how much would be removed.")
 def prune(before: float, dry_run: bool) -> None:
