@@ -134,9 +134,9 @@ def read_json() -> Any:
     if request.content_length not in (None, len(body)):
         raise BadRequest("the body ends before its Content-Length")
     try:
-        return schemas.parse_json(body)
+        return schemas.parse_json(body, "the body")
     except NotJSON as error:
-        raise BadRequest(f"the body is not valid JSON: {error}") from error
+        raise BadRequest(str(error)) from error
 
 
 def problem(status: int, detail: str, errors: Any = None, reason: str = "", cause: Any = None) -> Response:

@@ -85,7 +85,7 @@ class StoreCommand(click.Command):
             click.echo(f"rebind {VERSION}, store: {printable(registry.database.shown)}", err=True)
         try:
             return super().invoke(context)
-        except (StoreError, *REFUSALS) as error:
+        except (StoreError, schemas.NotJSON, *REFUSALS) as error:
             raise click.ClickException(printable(str(getattr(error, "in_full", error)))) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -182,7 +182,7 @@ def rebind(everything: bool, **options: Any) -> None:
     try:
         request = request_of(options)
     except schemas.NotJSON as error:
-        raise click.UsageError(f"--data is not valid JSON: {error}") from error
+        raise click.UsageError(str(error)) from error
     except ValidationError as error:
         raise click.UsageError(schemas.in_a_line(error.messages)) from error
     if request.criteria == EVERYTHING and not everything and request.undo is None:
@@ -202,7 +202,7 @@ def rebind(everything: bool, **options: Any) -> None:
 
 def request_of(options: dict[str, Any]) -> RebindRequest:
     """What these options of `flask rebind` ask for. Raises UsageError, NotJSON and ValidationError."""
-    key, data = options.pop("key"), schemas.parse_json(os.fsencode(options.pop("data")))
+    key, data = options.pop("key"), schemas.parse_json(os.fsencode(options.pop("data")), "--data")
     pairs = list(map(key_and_value, options.pop("sets")))
     if len(set_one_by_one := dict(pairs)) < len(pairs):
         raise click.UsageError("--set gives a key more than once")

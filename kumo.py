@@ -15,7 +15,7 @@ from history import rfc3339
 from message import NewMessage, addresses_of, check_address, check_json, check_text, domain_of, from_json, recipient_of
 from moving import MessageRow
 from names import queue_name
-from schemas import NotJSON, in_a_line, json_documents, seconds
+from schemas import in_a_line, json_documents, seconds
 from tables import MAX_NAME
 
 REPLACEMENT = "\ufffd".encode()
@@ -33,17 +33,15 @@ LIMITED = "with an expiry or a delivery window, which is not kept"
 
 
 def read_messages(file: IO[bytes], remarks: Counter[str]) -> Iterator[NewMessage]:
-    """The messages of a file. One document, or one line, is in memory at once. Raises WrongFile and OSError.
+    """The messages of a file. One document, or one line, is in memory at once. Raises NotJSON, WrongFile and OSError.
 
     remarks: gets the number of messages of which each remark is true.
     """
-    try:
-        for line, document in json_documents(file):
-            yield from _new_messages(document, f"{file.name}:{line}", remarks)
-    except NotJSON as error:
-        raise WrongFile(f"{file.name}:{error.line}: this is not valid JSON: {error}") from error
-    except ValidationError as error:
-        raise WrongFile(f"{file.name}:{line}: {in_a_line(error.messages)}") from error
+    for source, document in json_documents(file, file.name):
+        try:
+            yield from _new_messages(document, source, remarks)
+        except ValidationError as error:
+            raise WrongFile(f"{source}: {in_a_line(error.messages)}") from error
 
 
 def _new_messages(document: Any, source: str, remarks: Counter[str]) -> Iterator[NewMessage]:

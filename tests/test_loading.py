@@ -376,7 +376,7 @@ def test_a_file_that_ends_too_early_ends_on_its_own_line(load: Load) -> None:
 def test_a_wrong_line_is_found_without_reading_on() -> None:
     lines = iter([b"{}\n", b"{\n", b"]\n", *[b"{}\n"] * 1000])
     with pytest.raises(NotJSON):
-        list(json_documents(lines))
+        list(json_documents(lines, "FILE"))
     assert len(list(lines)) > 990
 
 
