@@ -139,17 +139,15 @@ def read_json() -> Any:
         raise BadRequest(str(error)) from error
 
 
-def problem(status: int, detail: str, errors: Any = None, reason: str = "", cause: Any = None) -> Response:
+def problem(status: int, detail: str, reason: str = "", cause: Any = None, **more: Any) -> Response:
     """A problem document, and a line about it in the diagnostic log.
 
-    errors: by field, as marshmallow gives them. reason: for the log, instead of `detail`. cause: an exception, for it.
+    reason: for the log, instead of `detail`. cause: an exception, for the log. more: members of the document.
     """
     asked = f"{g.get('actor', 'unknown')} {request.method} {request.full_path.rstrip('?')}"
     current_app.logger.info("%s", printable(f"{asked} {status} {reason or detail}"), exc_info=cause)
     document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    if errors:
-        document["errors"] = errors
-    response = Response(json.dumps(document) + "\n", status, content_type="application/problem+json")
+    response = Response(json.dumps(document | more) + "\n", status, content_type="application/problem+json")
     if status == 503:
         response.headers["Retry-After"] = RETRY_AFTER
     return response
@@ -167,13 +165,12 @@ def fields_problem(error: ValidationError) -> Response:
     status, wrong = 422, "the body is not a request to rebind"
     if isinstance(error, QueryError):
         status, wrong = 400, "a query parameter or a header is wrong"
-    return problem(
-        status, f"{wrong}: see errors", error.messages, reason=f"{wrong}: {schemas.in_a_line(error.messages)}"
-    )
+    reason = f"{wrong}: {schemas.in_a_line(error.messages)}"
+    return problem(status, f"{wrong}: see errors", reason, errors=error.messages)
 
 
 def registry_problem(error: Exception) -> Response:
     """What the registry raises. A failed handler leaves its traceback in the diagnostic log."""
     reason = error.in_full if isinstance(error, StoreError) else ""
     cause = error.__cause__ if isinstance(error, HandlerFailed) else None
-    return problem(STATUS[type(error)], str(error), reason=reason, cause=cause)
+    return problem(STATUS[type(error)], str(error), reason, cause)
