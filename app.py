@@ -24,7 +24,7 @@ from event import HandlerFailed, NoHandler
 from history import KeyReused, NothingToUndo, UnknownRebind
 from queues import registry
 from rebinding import RebindRequest, RebindResult, printable
-from schemas import NotJSON, QueryError, SettingError
+from schemas import QueryError, SettingError, Unreadable
 from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
 MAX_BODY = 1024 * 1024  # bytes
@@ -40,8 +40,8 @@ SETTINGS = {
 }
 MAX_REBINDS = 8  # at a time in each process; each may wait in a thread, so gunicorn.conf.py has more threads
 
-# What the registry raises, and the status for it. Everything else is a 500 that does not tell its cause.
-STATUS = {UnknownRebind: 404, NoHandler: 409, NothingToUndo: 409, KeyReused: 422, StoreRefused: 422}
+# What the registry and parse_json raise, and the status for it. Everything else is a 500 that does not tell its cause.
+STATUS = {Unreadable: 400, UnknownRebind: 404, NoHandler: 409, NothingToUndo: 409, KeyReused: 422, StoreRefused: 422}
 STATUS |= {HandlerFailed: 500, StoreDamaged: 500, StoreUnusable: 503, StoreUnavailable: 503, StoreConflict: 503}
 
 admin = Blueprint("admin", __name__)
@@ -118,7 +118,7 @@ def rebind_in_turn(asked: RebindRequest) -> RebindResult:
 
 
 def read_json() -> Any:
-    """The body, as JSON. Raises BadRequest, RequestEntityTooLarge and UnsupportedMediaType."""
+    """The body, as JSON. Raises Unreadable, BadRequest, RequestEntityTooLarge and UnsupportedMediaType."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("the content type must be application/json")
     if "Content-Encoding" in request.headers:
@@ -133,10 +133,7 @@ def read_json() -> Any:
         raise RequestEntityTooLarge(TOO_LARGE)
     if request.content_length not in (None, len(body)):
         raise BadRequest("the body ends before its Content-Length")
-    try:
-        return schemas.parse_json(body, "the body")
-    except NotJSON as error:
-        raise BadRequest(str(error)) from error
+    return schemas.parse_json(body, "the body")
 
 
 def problem(status: int, detail: str, reason: str = "", cause: Any = None, **more: Any) -> Response:
@@ -170,7 +167,7 @@ def fields_problem(error: ValidationError) -> Response:
 
 
 def registry_problem(error: Exception) -> Response:
-    """What the registry raises. A failed handler leaves its traceback in the diagnostic log."""
+    """What STATUS names. A failed handler leaves its traceback in the diagnostic log."""
     reason = error.in_full if isinstance(error, StoreError) else ""
     cause = error.__cause__ if isinstance(error, HandlerFailed) else None
     return problem(STATUS[type(error)], str(error), reason, cause)

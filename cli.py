@@ -33,7 +33,7 @@ import event
 import schemas
 from display import UNITS, age, counted, json_line, on_terminal, print_lines, print_table
 from history import KeyReused, NothingToUndo, UnknownRebind, rebinds_done
-from kumo import WrongFile, read_messages, shown_message
+from kumo import read_messages, shown_message
 from moving import batches
 from names import EVERYTHING, NAMING_KEYS, Criteria, QueueName, state_of
 from queues import DuplicateMessage, QueueSummary, registry
@@ -65,7 +65,7 @@ SORT: dict[str, Callable[[QueueSummary], Any]] = {
 OF_QUEUES = [name for name in vars(EVERYTHING) if name != "id"]  # the criteria of queues
 POLL = 0.5  # seconds between two looks for new records
 TELL = ("load", "prune")  # what cannot be taken back must not happen to another store unseen
-REFUSALS = (DuplicateMessage, WrongFile, event.NoHandler, event.HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
+REFUSALS = (DuplicateMessage, event.NoHandler, event.HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
 
 
 class StoreCommand(click.Command):
@@ -85,7 +85,7 @@ class StoreCommand(click.Command):
             click.echo(f"rebind {VERSION}, store: {printable(registry.database.shown)}", err=True)
         try:
             return super().invoke(context)
-        except (StoreError, schemas.NotJSON, *REFUSALS) as error:
+        except (StoreError, schemas.Unreadable, *REFUSALS) as error:
             raise click.ClickException(printable(str(getattr(error, "in_full", error)))) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -118,7 +118,7 @@ def load(files: tuple[str, ...], skip_existing: bool) -> None:
             every_batch = iter(lambda: pickle.load(kept), None)  # noqa: S301
             loaded = registry.load(chain.from_iterable(every_batch), skip_existing)
     except OSError as error:
-        raise WrongFile(str(error)) from error
+        raise schemas.Unreadable(str(error)) from error
     empty = f", {loaded['empty']} of them without content" if loaded["empty"] else ""
     skipped = f", {loaded['skipped']} skipped" if loaded["skipped"] else ""
     click.echo(f"{counted(loaded['added'], 'message')} loaded{empty}, {loaded['discarded']} discarded{skipped}")
@@ -181,7 +181,7 @@ def rebind(everything: bool, **options: Any) -> None:
     """Move messages into other queues, as POST /api/admin/rebind/v1 does, but on the database itself."""
     try:
         request = request_of(options)
-    except schemas.NotJSON as error:
+    except schemas.Unreadable as error:
         raise click.UsageError(str(error)) from error
     except ValidationError as error:
         raise click.UsageError(schemas.in_a_line(error.messages)) from error
@@ -201,7 +201,7 @@ def rebind(everything: bool, **options: Any) -> None:
 
 
 def request_of(options: dict[str, Any]) -> RebindRequest:
-    """What these options of `flask rebind` ask for. Raises UsageError, NotJSON and ValidationError."""
+    """What these options of `flask rebind` ask for. Raises UsageError, Unreadable and ValidationError."""
     key, data = options.pop("key"), schemas.parse_json(os.fsencode(options.pop("data")), "--data")
     pairs = list(map(key_and_value, options.pop("sets")))
     if len(set_one_by_one := dict(pairs)) < len(pairs):

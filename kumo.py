@@ -15,15 +15,11 @@ from history import rfc3339
 from message import NewMessage, addresses_of, check_address, check_json, check_text, domain_of, from_json, recipient_of
 from moving import MessageRow
 from names import queue_name
-from schemas import in_a_line, json_documents, seconds
+from schemas import Unreadable, in_a_line, json_documents, seconds
 from tables import MAX_NAME
 
 REPLACEMENT = "\ufffd".encode()
 UUID_EPOCH = 12219292800  # seconds from 1582-10-15, when the time of a UUID begins, to 1970
-
-
-class WrongFile(ValueError):
-    """What is wrong in a file, with the file's name, the line and the field."""
 
 
 # What is said of messages after their number: they are not all, or not all of what they were in KumoMTA.
@@ -33,7 +29,7 @@ LIMITED = "with an expiry or a delivery window, which is not kept"
 
 
 def read_messages(file: IO[bytes], remarks: Counter[str]) -> Iterator[NewMessage]:
-    """The messages of a file. One document, or one line, is in memory at once. Raises NotJSON, WrongFile and OSError.
+    """The messages of a file. One document, or one line, is in memory at once. Raises Unreadable and OSError.
 
     remarks: gets the number of messages of which each remark is true.
     """
@@ -41,7 +37,7 @@ def read_messages(file: IO[bytes], remarks: Counter[str]) -> Iterator[NewMessage
         try:
             yield from _new_messages(document, source, remarks)
         except ValidationError as error:
-            raise WrongFile(f"{source}: {in_a_line(error.messages)}") from error
+            raise Unreadable(f"{source}: {in_a_line(error.messages)}") from error
 
 
 def _new_messages(document: Any, source: str, remarks: Counter[str]) -> Iterator[NewMessage]:

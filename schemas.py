@@ -30,18 +30,18 @@ class SettingError(Exception):
     """A setting does not exist, or cannot be used."""
 
 
-class NotJSON(ValueError):
-    """A text is not JSON, or is ambiguous. It says which text, and why."""
+class Unreadable(ValueError):
+    """A text is not what it should be, or is ambiguous. It says which text and where, and why."""
 
 
 def parse_json(text: bytes, what: str) -> Any:
-    """Read JSON (RFC 8259). Raises NotJSON about `what`, also for NaN, what is beyond a double, a key given twice."""
+    """Read JSON (RFC 8259). Raises Unreadable about `what`, also for NaN, a number too large, a key given twice."""
     with _strictly(what):
         return json.loads(text.decode(), **_HOOKS)
 
 
 def json_documents(lines: Iterable[bytes], file: str) -> Iterator[tuple[str, Any]]:
-    """The JSON documents of a file, and where each begins, FILE:LINE. At most two are in memory. Raises NotJSON."""
+    """The JSON documents of a file, and where each begins, FILE:LINE. At most two are in memory. Raises Unreadable."""
     text, enough, line = "", 0, 1
     for number, each in enumerate(chain(lines, [b""]), 1):  # the empty one is the end
         with _strictly(f"{file}:{number}: this"):
@@ -79,15 +79,15 @@ def _decoded(text: str, at: int, line: int, ended: bool) -> tuple[Any, int] | No
 
 @contextmanager
 def _strictly(what: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into NotJSON."""
+    """Turn whatever a decoder raises into Unreadable."""
     try:
         yield
     except RecursionError:
-        raise NotJSON(f"{what} is not valid JSON: nested too deeply") from None
+        raise Unreadable(f"{what} is not valid JSON: nested too deeply") from None
     except UnicodeDecodeError as error:
-        raise NotJSON(f"{what} is not valid JSON: it is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise Unreadable(f"{what} is not valid JSON: it is not UTF-8: {error.reason} at byte {error.start}") from None
     except ValueError as error:
-        raise NotJSON(f"{what} is not valid JSON: {error}") from None
+        raise Unreadable(f"{what} is not valid JSON: {error}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
