@@ -220,15 +220,13 @@ def rebind_request(body: Any, query: dict[str, Any], key: str | None, actor: str
     given = _body.load(body) | query
     criteria = Criteria(**{name: given.pop(name) for name in vars(EVERYTHING)})
     request = RebindRequest(**given, criteria=criteria, idempotency_key=key, actor=actor)
-    if conflicts := dict(_conflicts(request)):
+    conflicts: dict[str, list[str]] = {}
+    if request.unset and request.trigger_rebind_event:
+        conflicts["unset"] = ["Not allowed with trigger_rebind_event."]
+    elif both := [key for key in request.unset if key in request.data]:
+        conflicts["unset"] = [f"Set by data: {', '.join(map(ascii, both))}."]
+    if request.undo is not None and (request.data or request.unset or request.trigger_rebind_event):
+        conflicts["undo"] = ["data must be {}, and undo cannot be combined with unset or trigger_rebind_event."]
+    if conflicts:
         raise QueryError(conflicts)
     return request
-
-
-def _conflicts(request: RebindRequest) -> Iterator[tuple[str, list[str]]]:
-    if request.unset and request.trigger_rebind_event:
-        yield "unset", ["Not allowed with trigger_rebind_event."]
-    elif both := [key for key in request.unset if key in request.data]:
-        yield "unset", [f"Set by data: {', '.join(map(ascii, both))}."]
-    if request.undo is not None and (request.data or request.unset or request.trigger_rebind_event):
-        yield "undo", ["data must be {}, and undo cannot be combined with unset or trigger_rebind_event."]
