@@ -54,8 +54,7 @@ def _new_messages(document: Any, source: str, remarks: Counter[str]) -> Iterator
         remarks[LIMITED] += any(name in scheduling for name in LIMITS)
         message["content"] = message.pop("data_base64", data)
         message.setdefault("due", scheduling.get("first_attempt"))
-        if "created" not in message:
-            message["created"] = _created(answer["id"])
+        message.setdefault("created", _created(answer["id"]))
         yield NewMessage(id=answer["id"], source=source, **message)
 
 
@@ -108,8 +107,7 @@ def _message(given: Any) -> dict[str, Any]:
     """What KumoMTA tells of a message, with the domain and the queue that follow from it."""
     message = {"meta": {}} | _object(given, MESSAGE)
     if "domain" not in message:
-        envelope = {"sender": message["sender"], "recipient": message["recipient"]}
-        message["domain"] = _object(envelope, ADDRESSES)["recipient"]
+        message["domain"] = _object(message, ADDRESSES, others=True)["recipient"]
     if "queue" not in message:
         message["queue"] = queue_name(message["meta"], message["domain"])
     if len(message["queue"].encode()) > MAX_NAME:
