@@ -48,33 +48,26 @@ def json_documents(lines: Iterable[bytes], file: str) -> Iterator[tuple[str, Any
             text += each.decode("utf-8-sig" if number == 1 else "utf-8")
         if each and len(text) < enough:
             continue
+        if not each:
+            text = text.rstrip(" \t\r\n")  # what ends too early ends on its own line
         at = 0
         while begin := _NOT_SPACE.search(text, at):
             line += text.count("\n", at, begin.start())
             at = begin.start()
             with _strictly(f"{file}:{line}: this"):
-                found = _decoded(text, at, line, ended=not each)
-            if found is None:
-                break
-            document, end = found
+                try:
+                    document, end = _decoder.raw_decode(text, at)
+                except json.JSONDecodeError as error:
+                    # No token of JSON spans lines, so the lines of an incomplete document fail at their end.
+                    if each and not text[error.pos :].strip():
+                        break
+                    wrong = line + text.count("\n", at, error.pos)
+                    raise ValueError(f"{error.msg}: line {wrong} column {error.colno}") from None
             yield f"{file}:{line}", document
             line += text.count("\n", at, end)
             at = end
         text = text[at:]
         enough = 2 * len(text)  # so that all attempts together take linear time
-
-
-def _decoded(text: str, at: int, line: int, ended: bool) -> tuple[Any, int] | None:
-    """The document that begins here, and where it ends; None if the rest of it is still to come. Raises ValueError."""
-    text = text.rstrip(" \t\r\n") if ended else text  # what ends too early ends on its own line
-    try:
-        return _decoder.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        # No token of JSON spans lines, so the lines of an incomplete document fail at their end.
-        if not ended and not text[error.pos :].strip():
-            return None
-        wrong = line + text.count("\n", at, error.pos)
-        raise ValueError(f"{error.msg}: line {wrong} column {error.colno}") from None
 
 
 @contextmanager
