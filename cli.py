@@ -207,9 +207,7 @@ def request_of(options: dict[str, Any]) -> RebindRequest:
     if len(set_one_by_one := dict(pairs)) < len(pairs):
         raise click.UsageError("--set gives a key more than once")
     query = {name: options.pop(name) for name in schemas.RebindQuerySchema().fields}
-    given = {
-        name: [value] if isinstance(value, str) else [*value] for name, value in query.items() if value is not None
-    }
+    given = {name: [value] if isinstance(value, str) else value for name, value in query.items() if value is not None}
     body = options | {"data": data | set_one_by_one if isinstance(data, dict) else data}
     parsed_key = schemas.idempotency_key(None if key is None else json.dumps(key))
     return schemas.rebind_request(body, schemas.rebind_query(given), parsed_key, login())
