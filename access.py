@@ -2,10 +2,8 @@
 
 import re
 import stat
-from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
-from typing import Any
 
 import bcrypt
 from flask import Flask, current_app, g, request
@@ -21,13 +19,14 @@ DEFAULT_COST = b"05"  # of a hash that htpasswd -B makes: checking it takes 2 **
 # One line of an htpasswd file. It is strict about the hash because bcrypt.checkpw raises ValueError for a bad one.
 USER = re.compile(r"([^:]+):(\$2[aby]\$(?:0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31})")
 
-Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
-
 
 def init_app(app: Flask) -> None:
     """Read the settings, and guard every path and method of `app`, unknown ones too. Raises SettingError."""
-    app.config["TRUSTED_NETWORKS"] = read_networks(app.config["TRUSTED_HOSTS"])
+    trusted = map(str.strip, str(app.config["TRUSTED_HOSTS"]).split(","))
+    try:
+        app.config["TRUSTED_NETWORKS"] = [read_network(each) for each in trusted if each]
+    except ValueError as error:
+        raise SettingError(f"REBIND_TRUSTED_HOSTS is not a list of networks: {error}") from error
     app.config["TRUSTED_HOSTS"] = None  # In Flask, this setting lists the names that a Host header may have.
     if not re.fullmatch(r"[0-9]{1,2}", str(app.config["PROXIES"])):
         raise SettingError(f"REBIND_PROXIES must be a whole number from 0 to 99: {app.config['PROXIES']!r}")
@@ -61,26 +60,22 @@ def refusal() -> Unauthorized | Forbidden:
     )
 
 
-def peer() -> tuple[str, Address | None]:
+def peer() -> tuple[str, IPv4Address | IPv6Address | None]:
     """The peer's name for the log, and its address, which is None if it is not known for sure."""
     forwarded = request.headers.get("X-Forwarded-For")
     if forwarded is None and not request.remote_addr:
         return "unix", LOOPBACK  # Only processes on this host can connect to a unix socket.
-    text = request.remote_addr if forwarded is None else client(forwarded)
-    address: Address | None = None
-    with suppress(ValueError):
-        given = ip_address(text or "")
-        address = getattr(given, "ipv4_mapped", None) or given  # ::ffff:192.0.2.1 is 192.0.2.1
-    # Never the text of a header: a client could write anything there.
-    return str(address or "unknown"), address
-
-
-def client(forwarded: str) -> str | None:
-    """The client that the outermost proxy names in X-Forwarded-For; None if there are fewer entries than proxies."""
-    # Every proxy appends the address that connected to it. Before the Nth entry from the end, the client writes.
-    entries = forwarded.split(",")
-    proxies: int = current_app.config["PROXIES"]
-    return entries[-proxies].strip() if 0 < proxies <= len(entries) else None
+    text = request.remote_addr or ""
+    if forwarded is not None:
+        # Every proxy appends the address that connected to it. Before the Nth entry from the end, the client writes.
+        entries, proxies = forwarded.split(","), current_app.config["PROXIES"]
+        text = entries[-proxies].strip() if 0 < proxies <= len(entries) else ""
+    try:
+        given = ip_address(text)
+    except ValueError:
+        return "unknown", None  # never the text of a header: a client could write anything there
+    address = getattr(given, "ipv4_mapped", None) or given  # ::ffff:192.0.2.1 is 192.0.2.1
+    return str(address), address
 
 
 def user() -> str:
@@ -121,15 +116,7 @@ def read_hashes(path: str) -> dict[str, bytes]:
     return hashes
 
 
-def read_networks(setting: Any) -> list[Network]:
-    """The networks in TRUSTED_HOSTS. Raises SettingError."""
-    try:
-        return [read_network(each.strip()) for each in str(setting).split(",") if each.strip()]
-    except ValueError as error:
-        raise SettingError(f"REBIND_TRUSTED_HOSTS is not a list of networks: {error}") from error
-
-
-def read_network(text: str) -> Network:
+def read_network(text: str) -> IPv4Network | IPv6Network:
     """The network in `text`; IPv4 in IPv6 becomes IPv4, as with a peer. Raises ValueError if no peer can be in it."""
     network = ip_network(text)
     if network.is_unspecified or network.is_multicast or "%" in text:

@@ -10,7 +10,7 @@ from threading import BoundedSemaphore
 from typing import Any
 
 import click
-from flask import Blueprint, Flask, Response, abort, current_app, g, jsonify, request
+from flask import Flask, Response, abort, current_app, g, request
 from flask.logging import default_handler
 from marshmallow import ValidationError
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
@@ -24,7 +24,7 @@ from event import HandlerFailed, NoHandler
 from history import KeyReused, NothingToUndo, UnknownRebind
 from queues import registry
 from rebinding import RebindRequest, RebindResult, printable
-from schemas import NotJSON, QueryError, SettingError
+from schemas import QueryError, SettingError, Unreadable
 from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
 MAX_BODY = 1024 * 1024  # bytes
@@ -40,11 +40,10 @@ SETTINGS = {
 }
 MAX_REBINDS = 8  # at a time in each process; each may wait in a thread, so gunicorn.conf.py has more threads
 
-# What the registry raises, and the status for it. Everything else is a 500 that does not tell its cause.
-STATUS = {UnknownRebind: 404, NoHandler: 409, NothingToUndo: 409, KeyReused: 422, StoreRefused: 422}
+# What the registry and parse_json raise, and the status for it. Everything else is a 500 that does not tell its cause.
+STATUS = {Unreadable: 400, UnknownRebind: 404, NoHandler: 409, NothingToUndo: 409, KeyReused: 422, StoreRefused: 422}
 STATUS |= {HandlerFailed: 500, StoreDamaged: 500, StoreUnusable: 503, StoreUnavailable: 503, StoreConflict: 503}
 
-admin = Blueprint("admin", __name__)
 _rebinds = BoundedSemaphore(MAX_REBINDS)
 
 
@@ -68,12 +67,12 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     if app.config["POLICY"]:
         event.load_policy(app.config["POLICY"])
     access.init_app(app)
-    app.register_blueprint(admin)
+    app.post("/api/admin/rebind/v1", provide_automatic_options=False)(rebind)
     app.register_error_handler(HTTPException, http_problem)
     app.register_error_handler(ValidationError, fields_problem)
     for error_class in STATUS:
         app.register_error_handler(error_class, registry_problem)
-    cli.init_app(app)
+    app.register_blueprint(cli.commands)
     command = click.get_current_context(silent=True)
     if command is None or command.info_name == "run":  # not for a command such as `flask load`
         start(app)
@@ -91,22 +90,19 @@ def start(app: Flask) -> None:
     app.logger.info("rebind %s on %s", cli.VERSION, registry.database.shown)
 
 
-@admin.post("/api/admin/rebind/v1", provide_automatic_options=False)
-def rebind() -> Response:
+def rebind() -> tuple[dict[str, Any], dict[str, str]]:
     """Rebind messages. docs/contract.md, "The request" and "Beyond the page"."""
     query = schemas.rebind_query(dict(request.args.lists()))
     key = None if query["dry_run"] else schemas.idempotency_key(request.headers.get("Idempotency-Key"))
     asked = schemas.rebind_request(read_json(), query, key, g.actor)
     result = registry.rebind(asked) if asked.dry_run else rebind_in_turn(asked)
     body: dict[str, Any] = {}
-    if result.plan is not None:
-        moves = [{"from": move.source, "to": move.to, "messages": move.messages} for move in result.plan.moves]
-        body = {"moves": moves, "more": result.plan.more}
-    response = jsonify(body)
+    if result.moves is not None:
+        moves = [{"from": move.source, "to": move.to, "messages": move.messages} for move in result.moves]
+        body = {"moves": moves, "more": result.more}
     numbers = {"Matched": result.matched, "Moved": result.moved, "Flushed": result.flushed, "Left": result.left}
     headers = {"Id": result.rebind_id, **numbers}
-    response.headers.extend((f"Rebind-{name}", str(value)) for name, value in headers.items() if value is not None)
-    return response
+    return body, {f"Rebind-{name}": str(value) for name, value in headers.items() if value is not None}
 
 
 def rebind_in_turn(asked: RebindRequest) -> RebindResult:
@@ -120,7 +116,7 @@ def rebind_in_turn(asked: RebindRequest) -> RebindResult:
 
 
 def read_json() -> Any:
-    """The body, as JSON. Raises BadRequest, RequestEntityTooLarge and UnsupportedMediaType."""
+    """The body, as JSON. Raises Unreadable, BadRequest, RequestEntityTooLarge and UnsupportedMediaType."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("the content type must be application/json")
     if "Content-Encoding" in request.headers:
@@ -135,23 +131,18 @@ def read_json() -> Any:
         raise RequestEntityTooLarge(TOO_LARGE)
     if request.content_length not in (None, len(body)):
         raise BadRequest("the body ends before its Content-Length")
-    try:
-        return schemas.parse_json(body)
-    except NotJSON as error:
-        raise BadRequest(f"the body is not valid JSON: {error}") from error
+    return schemas.parse_json(body, "the body")
 
 
-def problem(status: int, detail: str, errors: Any = None, reason: str = "", cause: Any = None) -> Response:
+def problem(status: int, detail: str, reason: str = "", cause: Any = None, **more: Any) -> Response:
     """A problem document, and a line about it in the diagnostic log.
 
-    errors: by field, as marshmallow gives them. reason: for the log, instead of `detail`. cause: an exception, for it.
+    reason: for the log, instead of `detail`. cause: an exception, for the log. more: members of the document.
     """
     asked = f"{g.get('actor', 'unknown')} {request.method} {request.full_path.rstrip('?')}"
     current_app.logger.info("%s", printable(f"{asked} {status} {reason or detail}"), exc_info=cause)
     document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    if errors:
-        document["errors"] = errors
-    response = Response(json.dumps(document) + "\n", status, content_type="application/problem+json")
+    response = Response(json.dumps(document | more) + "\n", status, content_type="application/problem+json")
     if status == 503:
         response.headers["Retry-After"] = RETRY_AFTER
     return response
@@ -169,13 +160,12 @@ def fields_problem(error: ValidationError) -> Response:
     status, wrong = 422, "the body is not a request to rebind"
     if isinstance(error, QueryError):
         status, wrong = 400, "a query parameter or a header is wrong"
-    return problem(
-        status, f"{wrong}: see errors", error.messages, reason=f"{wrong}: {schemas.in_a_line(error.messages)}"
-    )
+    reason = f"{wrong}: {schemas.in_a_line(error.messages)}"
+    return problem(status, f"{wrong}: see errors", reason, errors=error.messages)
 
 
 def registry_problem(error: Exception) -> Response:
-    """What the registry raises. A failed handler leaves its traceback in the diagnostic log."""
+    """What STATUS names. A failed handler leaves its traceback in the diagnostic log."""
     reason = error.in_full if isinstance(error, StoreError) else ""
     cause = error.__cause__ if isinstance(error, HandlerFailed) else None
-    return problem(STATUS[type(error)], str(error), reason=reason, cause=cause)
+    return problem(STATUS[type(error)], str(error), reason, cause)

@@ -25,7 +25,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import click
-from flask import Flask
+from flask import Blueprint
 from marshmallow import ValidationError
 
 import deliverylog
@@ -33,7 +33,7 @@ import event
 import schemas
 from display import UNITS, age, counted, json_line, on_terminal, print_lines, print_table
 from history import KeyReused, NothingToUndo, UnknownRebind, rebinds_done
-from kumo import WrongFile, read_messages, shown_message
+from kumo import read_messages, shown_message
 from moving import batches
 from names import EVERYTHING, NAMING_KEYS, Criteria, QueueName, state_of
 from queues import DuplicateMessage, QueueSummary, registry
@@ -65,7 +65,7 @@ SORT: dict[str, Callable[[QueueSummary], Any]] = {
 OF_QUEUES = [name for name in vars(EVERYTHING) if name != "id"]  # the criteria of queues
 POLL = 0.5  # seconds between two looks for new records
 TELL = ("load", "prune")  # what cannot be taken back must not happen to another store unseen
-REFUSALS = (DuplicateMessage, WrongFile, event.NoHandler, event.HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
+REFUSALS = (DuplicateMessage, event.NoHandler, event.HandlerFailed, UnknownRebind, NothingToUndo, KeyReused)
 
 
 class StoreCommand(click.Command):
@@ -85,7 +85,7 @@ class StoreCommand(click.Command):
             click.echo(f"rebind {VERSION}, store: {printable(registry.database.shown)}", err=True)
         try:
             return super().invoke(context)
-        except (StoreError, *REFUSALS) as error:
+        except (StoreError, schemas.Unreadable, *REFUSALS) as error:
             raise click.ClickException(printable(str(getattr(error, "in_full", error)))) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -94,13 +94,10 @@ class StoreCommand(click.Command):
             raise click.ClickException(f"standard output: {error.strerror}") from error
 
 
-def init_app(app: Flask) -> None:
-    """Give the application its commands."""
-    for command in (load, queues, messages, rebind, log, history, prune):
-        app.cli.add_command(command)
+commands = Blueprint("commands", __name__, cli_group=None)  # beside the commands of the application, not below a name
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @click.argument("files", type=click.Path(allow_dash=True), nargs=-1, required=True)
 @click.option("--skip-existing", is_flag=True, help="Skip messages whose ids are in the store already.")
 def load(files: tuple[str, ...], skip_existing: bool) -> None:
@@ -121,7 +118,7 @@ def load(files: tuple[str, ...], skip_existing: bool) -> None:
             every_batch = iter(lambda: pickle.load(kept), None)  # noqa: S301
             loaded = registry.load(chain.from_iterable(every_batch), skip_existing)
     except OSError as error:
-        raise WrongFile(str(error)) from error
+        raise schemas.Unreadable(str(error)) from error
     empty = f", {loaded['empty']} of them without content" if loaded["empty"] else ""
     skipped = f", {loaded['skipped']} skipped" if loaded["skipped"] else ""
     click.echo(f"{counted(loaded['added'], 'message')} loaded{empty}, {loaded['discarded']} discarded{skipped}")
@@ -165,7 +162,7 @@ def say_missing(ids: tuple[str, ...], limit: int | None, found: int) -> None:
         click.echo(f"{found} of {counted(len({*ids}), 'message')} found", err=True)
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @queue_options
 @id_option
 @click.option("--everything", is_flag=True, help="Rebind all queues. Needed if there is no criterion.")
@@ -184,17 +181,17 @@ def rebind(everything: bool, **options: Any) -> None:
     """Move messages into other queues, as POST /api/admin/rebind/v1 does, but on the database itself."""
     try:
         request = request_of(options)
-    except schemas.NotJSON as error:
-        raise click.UsageError(f"--data is not valid JSON: {error}") from error
+    except schemas.Unreadable as error:
+        raise click.UsageError(str(error)) from error
     except ValidationError as error:
         raise click.UsageError(schemas.in_a_line(error.messages)) from error
     if request.criteria == EVERYTHING and not everything and request.undo is None:
         raise click.UsageError("give a criterion, or --everything for all queues")
     result = rebound(request)
-    if result.plan is not None:
-        print_table(("from", "to", "messages"), result.plan.moves)
-        if result.plan.more:
-            click.echo(f"and {counted(result.plan.more, 'more pair')} of queues")
+    if result.moves is not None:
+        print_table(("from", "to", "messages"), result.moves)
+        if result.more:
+            click.echo(f"and {counted(result.more, 'more pair')} of queues")
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
     say_missing(request.criteria.id, request.limit, result.matched)
     for key in () if result.moved else (*request.data, *request.unset):
@@ -204,15 +201,13 @@ def rebind(everything: bool, **options: Any) -> None:
 
 
 def request_of(options: dict[str, Any]) -> RebindRequest:
-    """What these options of `flask rebind` ask for. Raises UsageError, NotJSON and ValidationError."""
-    key, data = options.pop("key"), schemas.parse_json(os.fsencode(options.pop("data")))
+    """What these options of `flask rebind` ask for. Raises UsageError, Unreadable and ValidationError."""
+    key, data = options.pop("key"), schemas.parse_json(os.fsencode(options.pop("data")), "--data")
     pairs = list(map(key_and_value, options.pop("sets")))
     if len(set_one_by_one := dict(pairs)) < len(pairs):
         raise click.UsageError("--set gives a key more than once")
     query = {name: options.pop(name) for name in schemas.RebindQuerySchema().fields}
-    given = {
-        name: [value] if isinstance(value, str) else [*value] for name, value in query.items() if value is not None
-    }
+    given = {name: [value] if isinstance(value, str) else value for name, value in query.items() if value is not None}
     body = options | {"data": data | set_one_by_one if isinstance(data, dict) else data}
     parsed_key = schemas.idempotency_key(None if key is None else json.dumps(key))
     return schemas.rebind_request(body, schemas.rebind_query(given), parsed_key, login())
@@ -235,7 +230,7 @@ def rebound(request: RebindRequest) -> RebindResult:
         return registry.rebind(request)
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @queue_options
 @click.option("--deliverable", is_flag=True, help="Leave out queues on hold and the queue null.")
 @click.option("--sort", type=click.Choice(list(SORT)), default="name", show_default=True)
@@ -265,7 +260,7 @@ def queues(deliverable: bool, sort: str, limit: int | None, as_json: bool, **cri
     click.echo(total + (f"; {len(rows)} shown" if len(rows) < len(found) else ""))
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @queue_options
 @id_option
 @click.option("--limit", metavar="N", type=LIMIT, help="At most N messages, those due soonest.")
@@ -287,7 +282,7 @@ def messages(limit: int | None, content: bool, **criteria: Any) -> None:
     sys.exit(bool(unreadable))
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @queue_options
 @click.option("--follow", is_flag=True, help="Continue with new records as they are written.")
 @click.option("--after", metavar="KEY", type=KEY, help="Start after the record with this key.")
@@ -320,7 +315,7 @@ def end_with_the_reader() -> None:
     os._exit(1)
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @click.option("--since", metavar="TIME", type=time_of, help="Only rebinds from this time on (UTC by default).")
 @click.option("--limit", metavar="N", type=LIMIT, help="At most N rebinds.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with all that was asked.")
@@ -350,7 +345,7 @@ def as_options(asked: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-@click.command(cls=StoreCommand)
+@commands.cli.command(cls=StoreCommand)
 @click.option("--before", metavar="TIME", type=time_of, required=True, help="Remove what is older (UTC by default).")
 @click.option("--dry-run", is_flag=True, help="Only say how much would be removed.")
 def prune(before: float, dry_run: bool) -> None:

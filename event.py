@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from runpy import run_path
 from threading import current_thread, main_thread
-from typing import TypeVar
 
 from message import Changes, Message, changes, domain_of, read_message
 from moving import MessageRow, Update
@@ -14,7 +13,6 @@ from schemas import SettingError
 from store import StoreRefused
 
 Handler = Callable[..., object]
-H = TypeVar("H", bound=Handler)
 
 
 class NoHandler(Exception):
@@ -31,7 +29,7 @@ class RebindEvent:
     def __init__(self) -> None:
         self.handlers: list[Handler] = []  # in the order in which they are called
 
-    def connect(self, handler: H) -> H:
+    def connect(self, handler: Handler) -> Handler:
         """Call this handler too, after those that are connected already."""
         self.handlers.append(handler)
         return handler

@@ -15,15 +15,11 @@ from history import rfc3339
 from message import NewMessage, addresses_of, check_address, check_json, check_text, domain_of, from_json, recipient_of
 from moving import MessageRow
 from names import queue_name
-from schemas import NotJSON, in_a_line, json_documents, seconds
+from schemas import Unreadable, in_a_line, json_documents, seconds
 from tables import MAX_NAME
 
 REPLACEMENT = "\ufffd".encode()
 UUID_EPOCH = 12219292800  # seconds from 1582-10-15, when the time of a UUID begins, to 1970
-
-
-class WrongFile(ValueError):
-    """What is wrong in a file, with the file's name, the line and the field."""
 
 
 # What is said of messages after their number: they are not all, or not all of what they were in KumoMTA.
@@ -33,17 +29,15 @@ LIMITED = "with an expiry or a delivery window, which is not kept"
 
 
 def read_messages(file: IO[bytes], remarks: Counter[str]) -> Iterator[NewMessage]:
-    """The messages of a file. One document, or one line, is in memory at once. Raises WrongFile and OSError.
+    """The messages of a file. One document, or one line, is in memory at once. Raises Unreadable and OSError.
 
     remarks: gets the number of messages of which each remark is true.
     """
-    try:
-        for line, document in json_documents(file):
-            yield from _new_messages(document, f"{file.name}:{line}", remarks)
-    except NotJSON as error:
-        raise WrongFile(f"{file.name}:{error.line}: this is not valid JSON: {error}") from error
-    except ValidationError as error:
-        raise WrongFile(f"{file.name}:{line}: {in_a_line(error.messages)}") from error
+    for source, document in json_documents(file, file.name):
+        try:
+            yield from _new_messages(document, source, remarks)
+        except ValidationError as error:
+            raise Unreadable(f"{source}: {in_a_line(error.messages)}") from error
 
 
 def _new_messages(document: Any, source: str, remarks: Counter[str]) -> Iterator[NewMessage]:
@@ -60,8 +54,7 @@ def _new_messages(document: Any, source: str, remarks: Counter[str]) -> Iterator
         remarks[LIMITED] += any(name in scheduling for name in LIMITS)
         message["content"] = message.pop("data_base64", data)
         message.setdefault("due", scheduling.get("first_attempt"))
-        if "created" not in message:
-            message["created"] = _created(answer["id"])
+        message.setdefault("created", _created(answer["id"]))
         yield NewMessage(id=answer["id"], source=source, **message)
 
 
@@ -114,8 +107,7 @@ def _message(given: Any) -> dict[str, Any]:
     """What KumoMTA tells of a message, with the domain and the queue that follow from it."""
     message = {"meta": {}} | _object(given, MESSAGE)
     if "domain" not in message:
-        envelope = {"sender": message["sender"], "recipient": message["recipient"]}
-        message["domain"] = _object(envelope, ADDRESSES)["recipient"]
+        message["domain"] = _object(message, ADDRESSES, others=True)["recipient"]
     if "queue" not in message:
         message["queue"] = queue_name(message["meta"], message["domain"])
     if len(message["queue"].encode()) > MAX_NAME:

@@ -30,74 +30,64 @@ class SettingError(Exception):
     """A setting does not exist, or cannot be used."""
 
 
-class NotJSON(ValueError):
-    """A text that is not JSON, or is ambiguous. `line`, in a file, is that on which the document begins."""
-
-    def __init__(self, reason: str, line: int = 1) -> None:
-        super().__init__(reason)
-        self.line = line
+class Unreadable(ValueError):
+    """A text is not what it should be, or is ambiguous. It says which text and where, and why."""
 
 
-def parse_json(text: bytes) -> Any:
-    """Read JSON (RFC 8259) from UTF-8. Raises NotJSON, also for NaN, what is beyond a double, and a key given twice."""
-    with _strictly():
+def parse_json(text: bytes, what: str) -> Any:
+    """Read JSON (RFC 8259). Raises Unreadable about `what`, also for NaN, a number too large, a key given twice."""
+    with _strictly(what):
         return json.loads(text.decode(), **_HOOKS)
 
 
-def json_documents(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    """The JSON documents of a file, and the line on which each begins. At most two are in memory. Raises NotJSON."""
+def json_documents(lines: Iterable[bytes], file: str) -> Iterator[tuple[str, Any]]:
+    """The JSON documents of a file, and where each begins, FILE:LINE. At most two are in memory. Raises Unreadable."""
     text, enough, line = "", 0, 1
     for number, each in enumerate(chain(lines, [b""]), 1):  # the empty one is the end
-        with _strictly(number):
+        with _strictly(f"{file}:{number}: this"):
             text += each.decode("utf-8-sig" if number == 1 else "utf-8")
         if each and len(text) < enough:
             continue
+        if not each:
+            text = text.rstrip(" \t\r\n")  # what ends too early ends on its own line
         at = 0
         while begin := _NOT_SPACE.search(text, at):
             line += text.count("\n", at, begin.start())
             at = begin.start()
-            if (found := _decoded(text, at, line, ended=not each)) is None:
-                break
-            document, end = found
-            yield line, document
+            with _strictly(f"{file}:{line}: this"):
+                try:
+                    document, end = _decoder.raw_decode(text, at)
+                except json.JSONDecodeError as error:
+                    # No token of JSON spans lines, so the lines of an incomplete document fail at their end.
+                    if each and not text[error.pos :].strip():
+                        break
+                    wrong = line + text.count("\n", at, error.pos)
+                    raise ValueError(f"{error.msg}: line {wrong} column {error.colno}") from None
+            yield f"{file}:{line}", document
             line += text.count("\n", at, end)
             at = end
         text = text[at:]
         enough = 2 * len(text)  # so that all attempts together take linear time
 
 
-def _decoded(text: str, at: int, line: int, ended: bool) -> tuple[Any, int] | None:
-    """The document that begins here, and where it ends; None if the rest of it is still to come. Raises NotJSON."""
-    text = text.rstrip(" \t\r\n") if ended else text  # what ends too early ends on its own line
-    with _strictly(line):
-        try:
-            return _decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            # No token of JSON spans lines, so the lines of an incomplete document fail at their end.
-            if not ended and not text[error.pos :].strip():
-                return None
-            wrong = line + text.count("\n", at, error.pos)
-            raise ValueError(f"{error.msg}: line {wrong} column {error.colno}") from None
-
-
 @contextmanager
-def _strictly(line: int = 1) -> Iterator[None]:
-    """Turn whatever a decoder raises into NotJSON."""
+def _strictly(what: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into Unreadable."""
     try:
         yield
     except RecursionError:
-        raise NotJSON("nested too deeply", line) from None
+        raise Unreadable(f"{what} is not valid JSON: nested too deeply") from None
     except UnicodeDecodeError as error:
-        raise NotJSON(f"it is not UTF-8: {error.reason} at byte {error.start}", line) from None
+        raise Unreadable(f"{what} is not valid JSON: it is not UTF-8: {error.reason} at byte {error.start}") from None
     except ValueError as error:
-        raise NotJSON(str(error), line) from None
+        raise Unreadable(f"{what} is not valid JSON: {error}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise NotJSON(f"the key {twice[:40]!a} is given twice in one object")
+        raise ValueError(f"the key {twice[:40]!a} is given twice in one object")
     return members
 
 
@@ -223,15 +213,13 @@ def rebind_request(body: Any, query: dict[str, Any], key: str | None, actor: str
     given = _body.load(body) | query
     criteria = Criteria(**{name: given.pop(name) for name in vars(EVERYTHING)})
     request = RebindRequest(**given, criteria=criteria, idempotency_key=key, actor=actor)
-    if conflicts := dict(_conflicts(request)):
+    conflicts: dict[str, list[str]] = {}
+    if request.unset and request.trigger_rebind_event:
+        conflicts["unset"] = ["Not allowed with trigger_rebind_event."]
+    elif both := [key for key in request.unset if key in request.data]:
+        conflicts["unset"] = [f"Set by data: {', '.join(map(ascii, both))}."]
+    if request.undo is not None and (request.data or request.unset or request.trigger_rebind_event):
+        conflicts["undo"] = ["data must be {}, and undo cannot be combined with unset or trigger_rebind_event."]
+    if conflicts:
         raise QueryError(conflicts)
     return request
-
-
-def _conflicts(request: RebindRequest) -> Iterator[tuple[str, list[str]]]:
-    if request.unset and request.trigger_rebind_event:
-        yield "unset", ["Not allowed with trigger_rebind_event."]
-    elif both := [key for key in request.unset if key in request.data]:
-        yield "unset", [f"Set by data: {', '.join(map(ascii, both))}."]
-    if request.undo is not None and (request.data or request.unset or request.trigger_rebind_event):
-        yield "undo", ["data must be {}, and undo cannot be combined with unset or trigger_rebind_event."]

@@ -26,7 +26,7 @@ from event import HandlerFailed, NoHandler
 from history import KeyReused, NothingToUndo, UnknownRebind
 from queues import QueueRegistry
 from rebinding import MAX_SHOWN
-from schemas import SettingError
+from schemas import SettingError, Unreadable
 from store import StoreConflict, StoreDamaged, StoreError, StoreRefused, StoreUnavailable, StoreUnusable
 
 BODY = b'{"reason": "a test", "data": {"queue": "elsewhere"}, "always_flush": true}'  # would change all that is there
@@ -242,6 +242,7 @@ def app(tmp_path: Path) -> Flask:
 
 
 STATUSES: dict[type[Exception], int] = {
+    Unreadable: 400,
     UnknownRebind: 404,
     NoHandler: 409,
     NothingToUndo: 409,

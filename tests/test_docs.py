@@ -201,7 +201,7 @@ def options(command: Command) -> set[str]:
 
 def test_every_name_is_on_the_page_where_its_users_look() -> None:
     ours = Flask("ours")
-    cli.init_app(ours)
+    ours.register_blueprint(cli.commands)
     documented = {f"| `REBIND_{setting}` |": README for setting in SETTINGS}
     documented |= {f"| `{field}` |": CONTRACT for field in RebindRequestSchema().fields}
     documented |= {f"`{name}=": CONTRACT for name in RebindQuerySchema().fields}

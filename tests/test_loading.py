@@ -19,7 +19,7 @@ from kumo import DAMAGED, LIMITED, MISSING
 from moving import BATCH
 from queues import QueueRegistry
 from rebinding import printable
-from schemas import NotJSON, json_documents
+from schemas import Unreadable, json_documents
 
 Load = Callable[[str | bytes], tuple[int, str, str]]
 ID = "1d98076abbbc11ed940250ebf67f93bd"  # as KumoMTA's are: a UUID of version 1
@@ -375,8 +375,8 @@ def test_a_file_that_ends_too_early_ends_on_its_own_line(load: Load) -> None:
 
 def test_a_wrong_line_is_found_without_reading_on() -> None:
     lines = iter([b"{}\n", b"{\n", b"]\n", *[b"{}\n"] * 1000])
-    with pytest.raises(NotJSON):
-        list(json_documents(lines))
+    with pytest.raises(Unreadable):
+        list(json_documents(lines, "FILE"))
     assert len(list(lines)) > 990
 
 

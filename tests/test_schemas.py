@@ -9,9 +9,9 @@ from marshmallow import Schema, ValidationError
 from names import NAMING_KEYS, Criteria
 from rebinding import RebindRequest
 from schemas import (
-    NotJSON,
     QueryError,
     RebindRequestSchema,
+    Unreadable,
     idempotency_key,
     in_a_line,
     parse_json,
@@ -40,7 +40,7 @@ JSON: dict[str, tuple[bytes, Any]] = {
 
 @pytest.mark.parametrize(("text", "value"), JSON.values(), ids=JSON)
 def test_json_is_read(text: bytes, value: Any) -> None:
-    assert parse_json(text) == value
+    assert parse_json(text, "it") == value
 
 
 NOT_JSON = {
@@ -63,9 +63,9 @@ NOT_JSON = {
 
 @pytest.mark.parametrize(("text", "reason"), NOT_JSON.values(), ids=NOT_JSON)
 def test_what_is_not_json_is_refused_with_the_reason(text: bytes, reason: str) -> None:
-    with pytest.raises(NotJSON) as refused:
-        parse_json(text)
-    assert str(refused.value) == reason
+    with pytest.raises(Unreadable) as refused:
+        parse_json(text, "it")
+    assert str(refused.value) == f"it is not valid JSON: {reason}"
 
 
 LOOKS_LIKE_JSON: dict[str, bytes] = {
@@ -78,8 +78,8 @@ LOOKS_LIKE_JSON: dict[str, bytes] = {
 
 @pytest.mark.parametrize("text", LOOKS_LIKE_JSON.values(), ids=LOOKS_LIKE_JSON)
 def test_what_only_looks_like_json_is_refused_with_a_short_reason(text: bytes) -> None:
-    with pytest.raises(NotJSON) as refused:
-        parse_json(text)
+    with pytest.raises(Unreadable) as refused:
+        parse_json(text, "it")
     assert len(str(refused.value)) < 300
 
 
