@@ -10,7 +10,7 @@ from threading import BoundedSemaphore
 from typing import Any
 
 import click
-from flask import Flask, Response, abort, current_app, g, request
+from flask import Blueprint, Flask, Response, abort, current_app, g, request
 from flask.logging import default_handler
 from marshmallow import ValidationError
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
@@ -44,6 +44,7 @@ MAX_REBINDS = 8  # at a time in each process; each may wait in a thread, so guni
 STATUS = {Unreadable: 400, UnknownRebind: 404, NoHandler: 409, NothingToUndo: 409, KeyReused: 422, StoreRefused: 422}
 STATUS |= {HandlerFailed: 500, StoreDamaged: 500, StoreUnusable: 503, StoreUnavailable: 503, StoreConflict: 503}
 
+admin = Blueprint("admin", __name__)
 _rebinds = BoundedSemaphore(MAX_REBINDS)
 
 
@@ -67,7 +68,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     if app.config["POLICY"]:
         event.load_policy(app.config["POLICY"])
     access.init_app(app)
-    app.post("/api/admin/rebind/v1", provide_automatic_options=False)(rebind)
+    app.register_blueprint(admin)
     app.register_error_handler(HTTPException, http_problem)
     app.register_error_handler(ValidationError, fields_problem)
     for error_class in STATUS:
@@ -90,6 +91,7 @@ def start(app: Flask) -> None:
     app.logger.info("rebind %s on %s", cli.VERSION, registry.database.shown)
 
 
+@admin.post("/api/admin/rebind/v1", provide_automatic_options=False)
 def rebind() -> tuple[dict[str, Any], dict[str, str]]:
     """Rebind messages. docs/contract.md, "The request" and "Beyond the page"."""
     query = schemas.rebind_query(dict(request.args.lists()))
