@@ -99,9 +99,9 @@ def rebind() -> tuple[dict[str, Any], dict[str, str]]:
     asked = schemas.rebind_request(read_json(), query, key, g.actor)
     result = registry.rebind(asked) if asked.dry_run else rebind_in_turn(asked)
     body: dict[str, Any] = {}
-    if result.moves is not None:
-        moves = [{"from": move.source, "to": move.to, "messages": move.messages} for move in result.moves]
-        body = {"moves": moves, "more": result.more}
+    if result.plan is not None:
+        moves = [{"from": move.source, "to": move.to, "messages": move.messages} for move in result.plan.moves]
+        body = {"moves": moves, "more": result.plan.more}
     numbers = {"Matched": result.matched, "Moved": result.moved, "Flushed": result.flushed, "Left": result.left}
     headers = {"Id": result.rebind_id, **numbers}
     return body, {f"Rebind-{name}": str(value) for name, value in headers.items() if value is not None}

@@ -188,10 +188,10 @@ def rebind(everything: bool, **options: Any) -> None:
     if request.criteria == EVERYTHING and not everything and request.undo is None:
         raise click.UsageError("give a criterion, or --everything for all queues")
     result = rebound(request)
-    if result.moves is not None:
-        print_table(("from", "to", "messages"), result.moves)
-        if result.more:
-            click.echo(f"and {counted(result.more, 'more pair')} of queues")
+    if result.plan is not None:
+        print_table(("from", "to", "messages"), result.plan.moves)
+        if result.plan.more:
+            click.echo(f"and {counted(result.plan.more, 'more pair')} of queues")
     click.echo(result.in_a_line() + (f", rebind {result.rebind_id}" if result.rebind_id else ""))
     say_missing(request.criteria.id, request.limit, result.matched)
     for key in () if result.moved else (*request.data, *request.unset):

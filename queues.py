@@ -22,7 +22,7 @@ from event import Decider
 from message import NewMessage, domain_of, recipient_text, to_json
 from moving import Backend, MessageRow, NewState, Selection, batches
 from names import DISCARDED, EVERYTHING, NAMING_KEYS, Criteria, new_name, queue_name
-from rebinding import RebindRequest, RebindResult, in_a_line, planned
+from rebinding import Plan, RebindRequest, RebindResult, in_a_line
 from store import Database, StoreConflict, StoreRefused
 from tables import MAX_NAME, TOO_LONG, contents, messages
 
@@ -112,8 +112,8 @@ class QueueRegistry:
             left = work.undo.count_left(db) if work.undo else None
         if any(len(to.encode("utf-8", "surrogatepass")) > MAX_NAME for _, to in pairs):
             raise StoreRefused(TOO_LONG)
-        matched, moved, moves, more = planned(pairs)
-        return RebindResult(matched, moved, _flushed(request, matched, moved), left, moves=moves, more=more)
+        plan = Plan.of(pairs)
+        return RebindResult(plan.matched, plan.moved, _flushed(request, plan.matched, plan.moved), left, plan=plan)
 
     def load(self, new: Iterable[NewMessage], skip_existing: bool = False) -> Counter[str]:
         """Add messages, all or none of them, except those for the queue `null`, which are discarded.
@@ -221,8 +221,8 @@ def _change(backend: Backend, db: sa.Connection, work: Work, rebind_id: str | No
     if not isinstance(work.change, Decider):
         return backend.update_all(db, selection, work.change, rebind_id)
     backend.update_each(db, selection, work.change, rebind_id)
-    matched, moved, _, _ = planned(work.change.pairs)
-    return matched, moved
+    done = Plan.of(work.change.pairs)
+    return done.matched, done.moved
 
 
 def _new_state(backend: Backend, request: RebindRequest, now: float) -> NewState:

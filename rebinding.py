@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from message import to_json
 from names import EVERYTHING, Criteria
@@ -48,15 +48,22 @@ class Move(NamedTuple):
     messages: int
 
 
-def planned(pairs: Mapping[tuple[str, str], int]) -> tuple[int, int, list[Move], int]:
-    """What a rebind does to so many messages of each pair of queues: where they are, and where they will be.
+@dataclass(frozen=True)
+class Plan:
+    """What a rebind does to messages, or with a dry run would do."""
 
-    How many there are and how many move, the entries of its plan, and how many entries are left out.
-    """
-    moves = [Move(*queues, number) for queues, number in pairs.items() if queues[0] != queues[1]]
-    moves.sort(key=lambda move: (-move.messages, move.source, move.to))
-    moved = sum(move.messages for move in moves)
-    return sum(pairs.values()), moved, moves[:MAX_MOVES], len(moves[MAX_MOVES:])
+    matched: int
+    moved: int  # how many of them change their queue
+    moves: list[Move]  # from which queue to which other one, the largest first, at most MAX_MOVES
+    more: int  # how many entries were left out
+
+    @classmethod
+    def of(cls, pairs: Mapping[tuple[str, str], int]) -> Self:
+        """The plan for so many messages of each pair of queues: where they are, and where they will be."""
+        moves = [Move(*queues, number) for queues, number in pairs.items() if queues[0] != queues[1]]
+        moves.sort(key=lambda move: (-move.messages, move.source, move.to))
+        moved = sum(move.messages for move in moves)
+        return cls(sum(pairs.values()), moved, moves[:MAX_MOVES], len(moves[MAX_MOVES:]))
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,7 @@ class RebindResult:
     flushed: int  # how many of them were made due now
     left: int | None = None  # of an undo: how many messages that the first rebind changed are left alone
     rebind_id: str | None = None  # A UUID, on every record and in the history; None for a dry run
-    moves: list[Move] | None = None  # of a dry run: the plan's entries, the largest first, at most MAX_MOVES
-    more: int = 0  # how many entries were left out
+    plan: Plan | None = None  # of a dry run: from which queue to which queue how many would go
 
     def in_a_line(self) -> str:
         """For the diagnostic log."""

@@ -23,7 +23,7 @@ from history import KeyReused, NothingToUndo, UnknownRebind
 from message import Message, NewMessage
 from names import Criteria
 from queues import QueueRegistry
-from rebinding import RebindRequest, RebindResult, planned
+from rebinding import Plan, RebindRequest, RebindResult
 
 NAMING = ("queue", "campaign", "tenant", "routing_domain")
 TEXTS = ("a", "b", "A", "", "a:b", "a@b", "b!a", "é", "null", "x.example", 'q"\\')
@@ -58,7 +58,7 @@ class Model:
         flushed = len(found) if request.always_flush else 0 if request.undo else moved
         counts = (len(found), moved, flushed)
         if request.dry_run:
-            return RebindResult(*counts, left, None, *planned(moves)[2:])
+            return RebindResult(*counts, left, plan=Plan.of(moves))
         for row, new in sorted(found, key=lambda pair: (len(pair[0]["id"]), pair[0]["id"])):
             before = copy.deepcopy(row)
             row |= new
@@ -346,7 +346,9 @@ def answer(call: Callable[[], RebindResult]) -> Any:
         result = call()
     except REFUSED as error:
         return type(error)
-    return result if result.moves is None else replace(result, moves=sorted(result.moves))
+    if result.plan is None:
+        return result
+    return replace(result, plan=None), replace(result.plan, moves=sorted(result.plan.moves))
 
 
 def in_log(record: Row) -> Row:

@@ -93,7 +93,8 @@ def by_data(store: Store) -> None:
 
 def by_a_dry_run(store: Store) -> None:
     before = store.rows()
-    planned = ask(store.queues, {"queue": "x"}, dry_run=True)
+    planned = ask(store.queues, {"queue": "x"}, dry_run=True).plan
+    assert planned
     assert (planned.matched, planned.moved, store.rows(), store.logged()) == (3, 3, before, [])
 
 

@@ -63,9 +63,9 @@ def test_an_undo_gives_messages_back_all_that_they_had_and_its_undo_takes_it_aga
         dry = undo(queues, first, dry_run=True)
     second = undo(queues, first)
     assert stored(url) == before
-    assert dry.moves
-    assert sorted(dry.moves) == sorted(Move(*pair, 1) for pair in zip(new, old, strict=True) if pair[0] != pair[1])
-    assert replace(dry, moves=None, rebind_id=second.rebind_id) == second
+    assert dry.plan
+    assert sorted(dry.plan.moves) == sorted(Move(*pair, 1) for pair in zip(new, old, strict=True) if pair[0] != pair[1])
+    assert replace(dry, plan=None, rebind_id=second.rebind_id) == second
     assert second == RebindResult(len(METAS), first.moved, 0, 0, second.rebind_id)
     third = undo(queues, second)
     assert stored(url) == after
