@@ -315,38 +315,27 @@ def test_a_store_that_is_prepared_again_is_not_taken_from_those_who_use_it(queue
         assert Path(f"{file}-wal").exists()
 
 
-def damage(file: Path, page: str) -> None:
-    """Overwrite a page of a database that nobody uses. page: SQL that gives its number."""
+@pytest.mark.sqlite
+@pytest.mark.parametrize("page", ["SELECT rootpage FROM sqlite_master WHERE name = 'log'", "PRAGMA page_count"])
+def test_a_damaged_log_is_told_and_leaves_the_messages_where_they_are(
+    queues: QueueRegistry, tmp_path: Path, page: str
+) -> None:
+    """The damage is in the log's first page, or in its last one, which is read in the middle of `flask log`."""
+    file = tmp_path / "queues.db"
+    used_by(queues, f"sqlite:///{file}")
+    queues.load(message(meta={"queue": "a"}) for _ in range(499))
+    ask(queues, {"note": "x"})
+    queues.database.close()
     with closing(sqlite3.connect(file)) as db:
         ((number,), (size,)) = db.execute(page).fetchone(), db.execute("PRAGMA page_size").fetchone()
     with file.open("r+b") as damaged:
         damaged.seek((number - 1) * size)
         damaged.write(b"\xff" * size)
-
-
-@pytest.mark.sqlite
-def test_a_damaged_log_is_told_and_leaves_the_messages_where_they_are(queues: QueueRegistry, tmp_path: Path) -> None:
-    file = tmp_path / "queues.db"
-    used_by(queues, f"sqlite:///{file}")
-    queues.database.close()
-    damage(file, "SELECT rootpage FROM sqlite_master WHERE name = 'log'")
-    for _ in range(2):
+    for way in (lambda: ask(queues, {"queue": "b"}), lambda: logged(f"sqlite:///{file}")) * 2:
         with pytest.raises(StoreDamaged, match="database disk image is malformed"):
-            ask(queues, {"queue": "b"})
-    assert names(f"sqlite:///{file}") == ["a"]
-    assert counts(ask(queues, {"queue": "b"}, suppress_logging=True)) == (1, 1, 1)
-
-
-@pytest.mark.sqlite
-def test_damage_that_is_found_in_the_middle_of_reading_is_told(queues: QueueRegistry, tmp_path: Path) -> None:
-    file = tmp_path / "queues.db"
-    used_by(queues, f"sqlite:///{file}")
-    queues.load(message() for _ in range(500))
-    ask(queues, {"note": "x"})
-    queues.database.close()
-    damage(file, "PRAGMA page_count")  # the last one, where the log's last records are
-    with pytest.raises(StoreDamaged, match="database disk image is malformed"):
-        logged(f"sqlite:///{file}")
+            way()
+    assert names(f"sqlite:///{file}") == ["a"] * 500
+    assert counts(ask(queues, {"queue": "b"}, suppress_logging=True)) == (500, 500, 500)
 
 
 # What the database's errors mean
