@@ -116,11 +116,11 @@ def undo(backend: Backend, db: sa.Connection, request: RebindRequest, now: float
         *(messages.c[name] == new.values[name] for name in ("meta", "sender", "recipient")),
         sa.or_(messages.c.due == log.c.due, rewritten),
     )
-    as_left_or_back = sa.or_(back, as_left & sa.or_(rewritten, only_due))  # unknown of a message that is gone
+    back_or_as_left = sa.or_(back, as_left & sa.or_(rewritten, only_due))  # unknown of a message that is gone
     return Undo(
         first,
         matching=sa.and_(of_rebind(first), as_left, sa.or_(rewritten_as_left, only_due)),
-        left_alone=sa.or_(rewritten, flushed) & ~sa.func.coalesce(as_left_or_back, sa.false(), type_=sa.Boolean),
+        left_alone=sa.case((back_or_as_left, sa.false()), else_=sa.or_(rewritten, flushed)),
         new=new,
     )
 
