@@ -141,7 +141,7 @@ def settle(claim: Claim, outcomes: Sequence[Outcome], due: float | None = None) 
         if row is None:
             return False
         settled = row.leased_until != claim.leased_until and row.num_attempts > claim.num_attempts
-        # The answer to that was lost. After the end of the lease, another worker may have had the message.
+        # Then its answer was lost. But after the end of the lease, another worker may have had the message.
         if settled and (row.due == later or registry.database.backend.now(db) < claim.leased_until):
             return True
         recipients = _recipients(row.recipient)
@@ -179,7 +179,7 @@ def _domain(recipients: list[str], before: str) -> str:
 
 
 def _recipients(text: str) -> list[str]:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return _each_once(recipient_of(text))
     return [text]
 
