@@ -21,7 +21,6 @@ from tables import MAX_NAME
 REPLACEMENT = "\ufffd".encode()
 UUID_EPOCH = 12219292800  # seconds from 1582-10-15, when the time of a UUID begins, to 1970
 
-
 # What is said of messages after their number: they are not all, or not all of what they were in KumoMTA.
 MISSING = "that KumoMTA counted in a queue and did not print: see kcli's --no-limit"
 DAMAGED = "with U+FFFD in the content: KumoMTA prints it for what is not UTF-8"

@@ -194,13 +194,18 @@ def finite(digits: str) -> float:
 
 
 def to_json(value: Any) -> str:
-    """A value as JSON, as the tables hold it. Raises TypeError and ValueError for what is not JSON."""
+    """A value that is JSON, as the tables hold it: msgspec would take a NaN or a time for some JSON too."""
     try:
         return msgspec.json.encode(value).decode()
-    except (TypeError, ValueError):
-        # Half a character, which JSON can escape and UTF-8 has not, stays the escape that its sender wrote.
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8", "backslashreplace").decode()
+    except (TypeError, ValueError):  # half a character, for example
+        return strict_json(value)
+
+
+def strict_json(value: Any) -> str:
+    """Any value as JSON, as the tables hold it. Raises TypeError and ValueError for what is not JSON."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Half a character, which JSON can escape and UTF-8 has not, stays the escape that its sender wrote.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def from_json(text: str | bytes) -> Any:

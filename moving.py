@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import sqlalchemy as sa
 
-from message import from_json, to_json
+from message import from_json, strict_json
 from tables import OF_MESSAGE, log, messages
 
 Item = TypeVar("Item")
@@ -16,7 +16,7 @@ MAX_BATCH = 2**21  # characters of their metadata, or bytes of their contents
 FIRST_ROWS = 16  # that are read while nobody knows how large they are
 
 # Of SQLAlchemy's engines. The server's threads are the bound of their connections.
-ENGINE: dict[str, Any] = {"json_serializer": to_json, "json_deserializer": from_json, "max_overflow": -1}
+ENGINE: dict[str, Any] = {"json_serializer": strict_json, "json_deserializer": from_json, "max_overflow": -1}
 
 
 class MessageRow(NamedTuple):
@@ -143,7 +143,7 @@ class Backend(Protocol):
     ENCODING: tuple[str, str]  # how to ask for the database's encoding, and what it must be
     BEGIN_READ: str  # begins a transaction that sees everything as it was at one moment
     BEGIN_WRITE: str
-    DriverError: type[Exception]  # that is what its driver raises
+    DriverError: type[Exception]  # what its driver raises
 
     def connect_to(self, url: str, busy_timeout: float) -> sa.Engine:
         """Connections that wait `busy_timeout` seconds for others. Raises ArgumentError, ImportError and ValueError."""

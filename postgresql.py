@@ -271,5 +271,4 @@ def _recorded(change: sa.Update, record: moving.Record) -> tuple[sa.CTE, sa.Inse
 
 def _driver(db: sa.Connection) -> psycopg.Connection:
     """The driver's own connection, for what SQLAlchemy has not."""
-    driver: Any = db.connection.driver_connection
-    return driver  # type: ignore[no-any-return]
+    return db.connection.driver_connection  # type: ignore[return-value]

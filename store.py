@@ -145,7 +145,7 @@ class Database:
         """The one place where a driver's errors become ours. What they mean is in a table of each engine."""
         try:
             yield
-        except (sa.exc.DBAPIError, self.backend.DriverError) as error:  # some are not by SQLAlchemy's hand
+        except (sa.exc.DBAPIError, self.backend.DriverError) as error:  # our own use of the driver raises its own
             known = error if isinstance(error, sa.exc.DBAPIError) else sa.exc.DBAPIError(None, None, error)
             if meaning := self.backend.meaning(known):
                 raise meaning from known

@@ -9,7 +9,6 @@ MAX_NAME = 2000  # bytes of a queue's name or a message's id: what an index of P
 TOO_LONG = f"the name of a queue would be longer than {MAX_NAME} bytes"
 FIRST_SECOND, LAST_SECOND = -62135596800, 253402300799  # of the years 1 and 9999, in seconds since 1970
 
-
 # The engines' connections have the serializer, and SQLite's STRICT tables know no type JSON.
 Document = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 compiles(sa.JSON, "sqlite")(lambda *_, **__: "TEXT")

@@ -65,7 +65,6 @@ class Lines:
 
 PREFIX = f"INFO in app: 127.0.0.1 POST {PATH}"
 
-
 # The answer
 
 

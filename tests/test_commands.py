@@ -249,7 +249,6 @@ def test_a_name_cannot_break_the_table_or_command_the_terminal(flask: Flask, que
 
 # flask messages
 
-
 ODD_MESSAGES: list[dict[str, Any]] = [
     {"recipient": ["ada@example.com", "bela@example.org"], "content": bytes(range(256))},
     {"recipient": "Postmaster", "domain": "acme.example", "content": b""},

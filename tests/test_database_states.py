@@ -340,7 +340,6 @@ def test_a_damaged_log_is_told_and_leaves_the_messages_where_they_are(
 
 # What the database's errors mean
 
-
 SQLSTATES: dict[str, type[StoreError] | None] = {
     "40001": StoreConflict,  # serialization_failure
     "22P02": StoreRefused,  # invalid_text_representation

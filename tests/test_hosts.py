@@ -104,7 +104,6 @@ def test_a_host_that_vanishes_in_the_middle_of_a_rebind_keeps_others_waiting_for
 
 # A role with least rights
 
-
 GRANTS = re.findall(r"```sql\n(GRANT.*?)```", (ROOT / "deploy" / "README.md").read_text(), re.DOTALL)
 
 
@@ -183,7 +182,6 @@ def is_reached(queues: QueueRegistry) -> bool:
 
 # A host without a folder for temporary files
 
-
 READ_ONLY_ROOT = """
 mount --bind {store} /mnt
 for folder in /tmp /var/tmp; do mount --bind $folder $folder && mount -o remount,bind,ro $folder; done
@@ -212,7 +210,6 @@ def test_a_missing_folder_for_temporary_files_is_named(tmp_path: Path, program: 
 
 
 # A server that takes no messages
-
 
 FAILURES = {
     "no right": "CREATE ROLE odd LOGIN; GRANT SELECT ON schema_version, messages TO odd",

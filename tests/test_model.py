@@ -202,7 +202,6 @@ def obey(message: Message, data: dict[str, str]) -> None:
 
 # What is asked
 
-
 texts = st.sampled_from(TEXTS)
 no_texts = st.sampled_from([None, True, 0, 1.5, [], ["a"], {}, {"a": {"queue": "b"}}])
 keys = st.sampled_from([*NAMING, *NAMING, "other", "é", "", "a.b", '"'])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from databases import engine_for, nothing_changes, run_sql, stored
 from factories import ask, connected_to, message, settled
+from sqlalchemy.exc import StatementError
 from terminal import Flask
 
 import deliverylog
@@ -176,6 +177,14 @@ def test_an_outcome_that_the_log_does_not_take_changes_nothing(queues: QueueRegi
     refused = r"^the tables do not allow it: .*response_is_readable"
     with nothing_changes(url), pytest.raises(StoreRefused, match=refused):
         settle(claimed, [Outcome("Delivery", ["ada@example.com"], {"response": {"code": 250}})])
+
+
+@pytest.mark.parametrize("no_json", [float("nan"), {1}], ids=str)
+def test_details_that_are_no_json_are_not_taken_for_some(queues: QueueRegistry, url: str, no_json: Any) -> None:
+    queues.load([message()])
+    (claimed,) = claim(1, lease=60)
+    with nothing_changes(url), pytest.raises((StatementError, TypeError, ValueError), match="JSON"):
+        settle(claimed, [Outcome("Delivery", ["ada@example.com"], {"a": no_json})])
 
 
 def test_the_exit_status_does_not_depend_on_how_many_messages_cannot_be_read(

@@ -26,7 +26,6 @@ from tables import MAX_NAME
 
 BY_DATA_AND_BY_EVENT = pytest.mark.parametrize("event", [False, True], ids=["data", "event"])
 
-
 # Which messages
 
 

@@ -121,9 +121,9 @@ TIMES = {
 NO_TIMES = ["", "now", "1e9", 5, None, "2026-W48", "2026-W48-1", "2026-330", "2026-11", "20261125", "20261124T100000Z"]
 NO_TIMES += ["2026-11-25", "2026-11-25T", "2026-11-25Z", "2026-11-25T03", "2026-11-25T03:00", "2026-11-25T03:00Z"]
 NO_TIMES += ["2026-11-25T03:00:00", "2026-11-25T24:00:00Z", "2026-11-25T03:00:00,5Z", "2026-11-25T03:00:60Z"]
-NO_TIMES += ["2026-11-25T03:00:00+1", "2026-11-25T03:00:00+01", "2026-11-25T03:00:00+24:00", "2026-02-30T10:00:00Z"]
+NO_TIMES += ["2026-11-25T03:00:00+1", "2026-11-25T03:00:00+01", "2026-11-25T03:00:00+0100", "2026-11-25T03:00:00+24:00"]
 NO_TIMES += ["0000-01-01T00:00:00Z", "10000-01-01T00:00:00Z", "٢٠٢٦-11-25T00:00:00Z", "2026-11-24T10:00:00.\u0665Z"]
-NO_TIMES += [" 2026-11-25T03:00:00Z", "2026-11-25T03:00:00Z\n"]
+NO_TIMES += [" 2026-11-25T03:00:00Z", "2026-11-25T03:00:00Z\n", "2026-02-30T10:00:00Z"]
 NO_YEARS = ["0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01", "9999-12-31T23:59:60Z"]
 
 
@@ -134,8 +134,9 @@ def test_a_time_is_one_of_rfc_3339(text: str, expected: float) -> None:
 
 @pytest.mark.parametrize("text", [*NO_TIMES, *NO_YEARS], ids=ascii)
 def test_what_is_no_time_is_refused(text: Any) -> None:
-    with pytest.raises(ValueError, match=NO_YEAR if text in NO_YEARS else NO_TIME):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
         seconds(text)
+    assert str(refused.value) == (NO_YEAR if text in NO_YEARS else NO_TIME)
 
 
 # A request to rebind
@@ -216,7 +217,6 @@ def test_a_wrong_value_is_an_error_and_never_coerced(field: str, value: Any, wro
 
 
 # The query
-
 
 QUERIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dry_run": "true"}, {"dry_run": True}),

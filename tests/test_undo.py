@@ -113,7 +113,6 @@ def test_what_an_attempt_has_postponed_since_stays_postponed(queues: QueueRegist
 
 # Which messages
 
-
 CHANGED_SINCE = {
     "gone": "DELETE FROM messages",
     "moved on": "UPDATE messages SET queue = 'on'",
