@@ -419,16 +419,14 @@ NO_NETWORKS = {
 
 @pytest.mark.parametrize(("setting", "reason"), NO_NETWORKS.items())
 def test_trusted_hosts_are_networks_in_which_a_peer_can_be(url: str, setting: Any, reason: str) -> None:
-    with pytest.raises(SettingError) as refused:
+    with pytest.raises(SettingError, match=f"^REBIND_TRUSTED_HOSTS is not a list of networks: {re.escape(reason)}$"):
         client(url, TRUSTED_HOSTS=setting)
-    assert str(refused.value) == f"REBIND_TRUSTED_HOSTS is not a list of networks: {reason}"
 
 
 @pytest.mark.parametrize("setting", [100, "9" * 5000, "٣", "", -1, 1.5, True, "10.0.0.1"], ids=lambda it: ascii(it)[:9])
 def test_proxies_are_a_number_up_to_99(url: str, setting: Any) -> None:
-    with pytest.raises(SettingError) as refused:
+    with pytest.raises(SettingError, match=f"^REBIND_PROXIES must be a whole number from 0 to 99: {setting!r}$"):
         client(url, PROXIES=setting)
-    assert str(refused.value) == f"REBIND_PROXIES must be a whole number from 0 to 99: {setting!r}"
 
 
 GOOD = hashed(PASSWORD)
@@ -447,9 +445,8 @@ BAD_LINES = {
 def test_a_line_that_htpasswd_would_not_write_is_refused(url: str, tmp_path: Path, line: str) -> None:
     file = tmp_path / "htpasswd"
     file.write_text(f"# the users\n{line}\n")
-    with pytest.raises(SettingError) as refused:
+    with pytest.raises(SettingError, match=f"^the htpasswd file {file}, line 2: expected NAME:HASH, as htpasswd -B "):
         client(url, HTPASSWD=str(file))
-    assert str(refused.value) == f"the htpasswd file {file}, line 2: expected NAME:HASH, as htpasswd -B writes it"
 
 
 NO_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -469,6 +466,5 @@ def test_what_is_no_file_is_refused_and_later_holds_up_nobody(
     path.unlink()
     make(path)
     assert asking.get("/", headers=[ADA]).status_code == 503
-    with pytest.raises(SettingError) as refused:
+    with pytest.raises(SettingError, match=f"^the htpasswd file {path} cannot be read: {re.escape(reason)}"):
         client(url, HTPASSWD=str(path))
-    assert str(refused.value).startswith(f"the htpasswd file {path} cannot be read: {reason}")

@@ -417,17 +417,7 @@ def test_no_command_creates_a_store(shell: Flask, url: str, tmp_path: Path, comm
     assert not list(tmp_path.iterdir())
 
 
-TIMES = {
-    "2001-09-09": 999993600,
-    "0001-01-01": FIRST_SECOND,
-    "2001-09-09T01:46:40": 1e9,
-    "2001-09-09 01:46:40.125": 1000000000.125,
-    "2016-12-31T23:59:60": 1483228800,
-    "2001-09-09T03:46:40+02:00": 1e9,
-}
-
-
-@pytest.mark.parametrize(("text", "seconds"), TIMES.items())
+@pytest.mark.parametrize(("text", "seconds"), {"2001-09-09": 999993600, "2001-09-09T01:46:40": 1e9}.items())
 def test_a_time_may_be_a_date_or_without_its_offset(text: str, seconds: float) -> None:
     """The rest is in test_schemas.py."""
     assert time_of(text) == seconds

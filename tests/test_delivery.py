@@ -209,7 +209,8 @@ def test_what_comes_after_the_end_of_a_lease_counts_and_leaves_the_next_workers_
     queues.load([message(["good@example.com", "ada@example.com"])])
     (late,) = claim(1, lease=-1)
     (in_time,) = claim(1, lease=60)
-    assert settle(late, [Outcome("Delivery", ["good@example.com"], OK)], due=4e9)
+    for _ in range(2):  # the answer to the first is lost
+        assert settle(late, [Outcome("Delivery", ["good@example.com"], OK)], due=4e9)
     (row,) = stored(url)
     assert (row["recipient"], row["leased_until"]) == ("ada@example.com", in_time.leased_until)
     assert settle(in_time, [Outcome("Bounce", ["ada@example.com"], NEVER)])

@@ -57,6 +57,7 @@ odd("a sender that is not UTF-8", "sqlite", sender="CAST(x'ff' AS TEXT)")
 odd("metadata that is not UTF-8", "sqlite", meta="CAST(x'7b226e223a22ff227d' AS TEXT)")
 odd("a queue that is not UTF-8", "sqlite", queue="CAST(x'ff' AS TEXT)")
 odd("half a character for a queue", "sqlite", queue="CAST(x'eda080' AS TEXT)")
+odd("more digits than a double has", meta="""'{"\\u006e": 0.1000000000000000055}'""")
 odd("blanks before the metadata", meta="""' \r\n\t{"n": 1}'""")
 
 
@@ -90,6 +91,7 @@ class Store:
 def by_data(store: Store) -> None:
     assert ask(store.queues, {"note": "x"}).matched == 3
     assert (store.noted(), store.logged()) == (3, sorted(IDS))
+    assert ("0055" in str(store.rows())) == ("0055" in str(store.columns))
 
 
 def by_a_dry_run(store: Store) -> None:
@@ -106,6 +108,7 @@ def by_the_event(store: Store) -> None:
         if store.readable and not names_half:
             assert ask(store.queues, trigger_rebind_event=True).matched == 3
             assert (store.noted(), store.logged()) == (3, sorted(IDS))
+            assert ("ud800" in str(store.rows())) == ("ud800" in str(store.columns))
             return
         with pytest.raises(StoreRefused, match=r"^the message odd cannot be (read|stored): "):
             ask(store.queues, trigger_rebind_event=True)

@@ -1,5 +1,6 @@
 """Tests of what is read from outside, without HTTP or a database: JSON itself, the body and the query of a request."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,9 +64,8 @@ NOT_JSON = {
 
 @pytest.mark.parametrize(("text", "reason"), NOT_JSON.values(), ids=NOT_JSON)
 def test_what_is_not_json_is_refused_with_the_reason(text: bytes, reason: str) -> None:
-    with pytest.raises(Unreadable) as refused:
+    with pytest.raises(Unreadable, match=f"^it is not valid JSON: {re.escape(reason)}$"):
         parse_json(text, "it")
-    assert str(refused.value) == f"it is not valid JSON: {reason}"
 
 
 LOOKS_LIKE_JSON: dict[str, bytes] = {
@@ -78,9 +78,8 @@ LOOKS_LIKE_JSON: dict[str, bytes] = {
 
 @pytest.mark.parametrize("text", LOOKS_LIKE_JSON.values(), ids=LOOKS_LIKE_JSON)
 def test_what_only_looks_like_json_is_refused_with_a_short_reason(text: bytes) -> None:
-    with pytest.raises(Unreadable) as refused:
+    with pytest.raises(Unreadable, match=r"^.{,300}$"):
         parse_json(text, "it")
-    assert len(str(refused.value)) < 300
 
 
 # What is wrong, in a line
@@ -134,9 +133,8 @@ def test_a_time_is_one_of_rfc_3339(text: str, expected: float) -> None:
 
 @pytest.mark.parametrize("text", [*NO_TIMES, *NO_YEARS], ids=ascii)
 def test_what_is_no_time_is_refused(text: Any) -> None:
-    with pytest.raises(ValueError) as refused:  # noqa: PT011
+    with pytest.raises(ValueError, match=f"^{re.escape(NO_YEAR if text in NO_YEARS else NO_TIME)}$"):
         seconds(text)
-    assert str(refused.value) == (NO_YEAR if text in NO_YEARS else NO_TIME)
 
 
 # A request to rebind

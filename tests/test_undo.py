@@ -111,6 +111,14 @@ def test_what_an_attempt_has_postponed_since_stays_postponed(queues: QueueRegist
     assert [row["due"] for row in stored(url)] == [4e9, 6.0]
 
 
+def test_a_message_is_still_flushed_only_if_nobody_has_postponed_it_since(queues: QueueRegistry, url: str) -> None:
+    queues.load([message(due=4e9)])
+    first = ask(queues, always_flush=True)
+    run_sql(url, "UPDATE messages SET due = 7e9")
+    second = undo(queues, first)
+    assert (second.matched, second.left) == (0, 1)
+
+
 # Which messages
 
 CHANGED_SINCE = {
