@@ -73,8 +73,8 @@ class Selection:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it is known before they are looked for that there are none."""
-        return isinstance(self.where, sa.False_)
+        """Whether it is known that there are none."""
+        return self.at_most == 0 or isinstance(self.where, sa.False_)
 
     def select(self, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
         """These columns of each."""

@@ -215,9 +215,9 @@ def _work(backend: Backend, db: sa.Connection, request: RebindRequest, now: floa
 
 def _change(backend: Backend, db: sa.Connection, work: Work, rebind_id: str | None) -> tuple[int, int]:
     """Do the work. Returns how many messages matched, and how many of them moved."""
-    if work.selection.is_empty:
+    selection = work.selection if work.selection.is_empty else backend.sized(db, work.selection)
+    if selection.is_empty:
         return 0, 0
-    selection = backend.sized(db, work.selection)
     if not isinstance(work.change, Decider):
         return backend.update_all(db, selection, work.change, rebind_id)
     backend.update_each(db, selection, work.change, rebind_id)

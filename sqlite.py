@@ -224,8 +224,8 @@ def take_turn(db: sa.Connection) -> None:
 def sized(db: sa.Connection, selection: Selection) -> Selection:
     matched = _count(db, selection.select(_rowid)) if selection.at_most is None else selection.at_most
     matched = min(matched, selection.limit or matched)
-    half = sa.select(_rowid).select_from(messages).limit(2 * matched)
-    return replace(selection, at_most=matched, are_most=_count(db, half) < 2 * matched)
+    half = sa.text("SELECT count(*) FROM (SELECT 1 FROM messages LIMIT 2 * :matched)")
+    return replace(selection, at_most=matched, are_most=db.scalar(half, {"matched": matched}) < 2 * matched)
 
 
 def _count(db: sa.Connection, found: sa.Select[Any]) -> int:
@@ -247,7 +247,8 @@ def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id
     with _recorded(db, values, rebind_id, news), _in_bulk(db, selection, values):
         changed: sa.CursorResult[Any] = db.execute(_update(selection, values))
     if moved is None:
-        moved = _count(db, sa.select(log.c.key).where(log.c.key > before, log.c.queue != log.c.old_queue))
+        moves = "SELECT count(*) FROM log WHERE key > :before AND queue <> old_queue"
+        moved = db.scalar(sa.text(moves), {"before": before})
     return changed.rowcount, moved
 
 
