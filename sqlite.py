@@ -247,8 +247,7 @@ def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id
     with _recorded(db, values, rebind_id, news), _in_bulk(db, selection, values):
         changed: sa.CursorResult[Any] = db.execute(_update(selection, values))
     if moved is None:
-        moves = "SELECT count(*) FROM log WHERE key > :before AND queue <> old_queue"
-        moved = db.scalar(sa.text(moves), {"before": before})
+        moved = db.scalar(sa.text("SELECT count(*) FROM log WHERE key > :key AND queue <> old_queue"), {"key": before})
     return changed.rowcount, moved
 
 
