@@ -109,8 +109,7 @@ def read_hashes(path: str) -> dict[str, bytes]:
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
-        entry = USER.fullmatch(line)
-        if not entry:
+        if not (entry := USER.fullmatch(line)):
             raise SettingError(f"the htpasswd file {path}, line {number}: expected NAME:HASH, as htpasswd -B writes it")
         hashes.setdefault(entry[1], entry[2].encode())  # as in Apache, a user's first line counts
     return hashes

@@ -277,8 +277,7 @@ def messages(limit: int | None, content: bool, **criteria: Any) -> None:
                 click.echo(printable(f"the message {row.id} cannot be read: {error}"), err=True)
                 unreadable.append(row.id)
 
-    found = print_lines(readable()) + len(unreadable)
-    say_missing(criteria["id"], limit, found)
+    say_missing(criteria["id"], limit, print_lines(readable()) + len(unreadable))
     sys.exit(bool(unreadable))
 
 

@@ -34,8 +34,7 @@ def earlier_answer(db: sa.Connection, request: RebindRequest) -> RebindResult | 
     """The answer that the same request with the same Idempotency-Key got, whoever asked. Raises KeyReused."""
     if request.idempotency_key is None:
         return None
-    of_key = sa.select(rebinds).where(rebinds.c.idempotency_key == request.idempotency_key)
-    done = db.execute(of_key).one_or_none()
+    done = db.execute(sa.select(rebinds).where(rebinds.c.idempotency_key == request.idempotency_key)).one_or_none()
     if done is None:
         return None
     if done.request != request.asked():

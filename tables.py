@@ -53,9 +53,7 @@ messages = sa.Table(
     sa.Column("num_attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("leased_until", Seconds, nullable=False, server_default="0"),
     *_by_engine(
-        "id_length",
-        f"length(CAST(id AS BLOB)) BETWEEN 1 AND {MAX_NAME}",
-        f"octet_length(id) BETWEEN 1 AND {MAX_NAME}",
+        "id_length", f"length(CAST(id AS BLOB)) BETWEEN 1 AND {MAX_NAME}", f"octet_length(id) BETWEEN 1 AND {MAX_NAME}"
     ),
     *_by_engine(
         "recipient_is_address_or_list",
