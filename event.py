@@ -49,10 +49,10 @@ def load_policy(path: str) -> None:
 class Decider:
     """Decides what becomes of each message, as the event's handlers do. Raises NoHandler."""
 
-    def __init__(self, request: RebindRequest, now: float) -> None:
+    def __init__(self, request: RebindRequest) -> None:
         if not rebind.handlers:
             raise NoHandler("no handler is connected to the rebind event")
-        self._handlers, self._request, self._now = [*rebind.handlers], request, now
+        self._handlers, self._request = [*rebind.handlers], request
         self.pairs: Counter[tuple[str, str]] = Counter()  # messages of each pair of queues, the old and the new one
 
     def __call__(self, row: MessageRow) -> Update:
@@ -69,8 +69,8 @@ class Decider:
         except UnicodeEncodeError as error:  # SQLite kept it
             raise StoreRefused(f"the message {row.id} cannot be stored: it contains a lone surrogate") from error
         self.pairs[row.queue, queue] += 1
-        due = self._now if self._request.always_flush or queue != row.queue else row.due
-        return Update(row.id, sender, recipient, meta, domain, queue, due)
+        is_due = self._request.always_flush or queue != row.queue
+        return Update(row.id, sender, recipient, meta, domain, queue, is_due)
 
 
 def call_handlers(handlers: Sequence[Handler], message: Message, row: MessageRow, data: Mapping[str, str]) -> Changes:

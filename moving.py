@@ -49,10 +49,10 @@ class Update(NamedTuple):
     meta: str | None
     domain: str | None
     queue: str
-    due: float  # in seconds since 1970
+    is_due: bool  # now; otherwise it is due when it was
 
 
-UPDATED_COLUMNS = Update._fields[1:]
+UPDATED_COLUMNS = Update._fields[1:-1]
 
 # Columns of a record that say what the event or an undo made of its message, NULL for what it did not change.
 NEW_COLUMNS = ("new_sender", "new_recipient", "new_meta")
@@ -191,7 +191,9 @@ class Backend(Protocol):
     ) -> tuple[int, int]:
         """Change messages by SQL alone, with a record of each unless `rebind_id` is None: how many, how many moved."""
 
-    def update_each(self, db: sa.Connection, selection: Selection, decide: Decide, rebind_id: str | None) -> None:
+    def update_each(
+        self, db: sa.Connection, selection: Selection, decide: Decide, now: float, rebind_id: str | None
+    ) -> None:
         """Make each message what `decide` says, in batches, and write a record of each unless `rebind_id` is None."""
 
     def rows(self, db: sa.Connection, selection: Selection) -> Generator[MessageRow]:

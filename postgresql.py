@@ -186,13 +186,13 @@ def rows(db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
         yield from _read_ahead(driver)
 
 
-def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_id: str | None) -> None:
+def update_each(db: sa.Connection, selection: Selection, decide: Decide, now: float, rebind_id: str | None) -> None:
     # The cursor finds what was there when it was opened, and not what this transaction has made of it since. It locks
     # as it goes: another transaction that is in the way may end this one after handlers were called. While `decide`
     # looks at some messages, the server changes those before and reads those after them, which saves a third of the
     # time.
     _open_cursor(db, selection.select(*moving.MESSAGE_COLUMNS).with_for_update(key_share=True, of=messages))
-    change = _update_batch(rebind_id).compile(db)
+    change = _update_batch(now, rebind_id).compile(db)
     waiting: list[Update] = []
 
     def send() -> None:
@@ -241,7 +241,7 @@ def _read_ahead(driver: psycopg.Connection, arrived: Callable[[], object] = lamb
         yield from found
 
 
-def _update_batch(rebind_id: str | None) -> sa.Update | sa.Insert:
+def _update_batch(now: float, rebind_id: str | None) -> sa.Update | sa.Insert:
     """Make messages what `updates` says, a JSON list of moving.Update, and write their records if wanted."""
     each = (
         sa.func.json_to_recordset(sa.bindparam("updates", type_=sa.JSON))
@@ -250,11 +250,12 @@ def _update_batch(rebind_id: str | None) -> sa.Update | sa.Insert:
     )
     became = {name: sa.cast(each.c[name], messages.c[name].type) for name in moving.UPDATED_COLUMNS}
     before = messages.alias("before")
+    due = {"due": sa.case((each.c.is_due == "true", now), else_=messages.c.due)}
     this = sa.literal_column("messages.ctid") == sa.literal_column("before.ctid")  # its row is locked, and stays there
     change = (
         sa.update(messages)
         .where(before.c.id == each.c.id, this)
-        .values({name: sa.func.coalesce(value, messages.c[name]) for name, value in became.items()})
+        .values({name: sa.func.coalesce(value, messages.c[name]) for name, value in became.items()} | due)
     )
     if rebind_id is None:
         return change

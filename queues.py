@@ -97,7 +97,7 @@ class QueueRegistry:
                 return earlier
             now, first_key = backend.now(db), backend.last_key(db) + 1
             work = _work(backend, db, request, now)
-            matched, moved = _change(backend, db, work, recorded)
+            matched, moved = _change(backend, db, work, now, recorded)
             left = work.undo.count_left(db) if work.undo else None
             result = RebindResult(matched, moved, _flushed(request, matched, moved), left, rebind_id)
             history.keep(db, request, result, now, (first_key, backend.last_key(db)))
@@ -205,7 +205,7 @@ def _work(backend: Backend, db: sa.Connection, request: RebindRequest, now: floa
         return Work(found, undo.new, undo)
     selection = Selection(matching, request.limit, at_most=len(request.criteria.id) or None)
     if request.trigger_rebind_event:
-        return Work(selection, Decider(request, now))
+        return Work(selection, Decider(request))
     new = _new_state(backend, request, now)
     if request.limit is not None and new.renames:
         # So the same request moves the next ones.
@@ -213,14 +213,14 @@ def _work(backend: Backend, db: sa.Connection, request: RebindRequest, now: floa
     return Work(selection, new)
 
 
-def _change(backend: Backend, db: sa.Connection, work: Work, rebind_id: str | None) -> tuple[int, int]:
+def _change(backend: Backend, db: sa.Connection, work: Work, now: float, rebind_id: str | None) -> tuple[int, int]:
     """Do the work. Returns how many messages matched, and how many of them moved."""
     selection = work.selection if work.selection.is_empty else backend.sized(db, work.selection)
     if selection.is_empty:
         return 0, 0
     if not isinstance(work.change, Decider):
         return backend.update_all(db, selection, work.change, rebind_id)
-    backend.update_each(db, selection, work.change, rebind_id)
+    backend.update_each(db, selection, work.change, now, rebind_id)
     done = Plan.of(work.change.pairs)
     return done.matched, done.moved
 

@@ -8,6 +8,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from decimal import Decimal
@@ -50,14 +51,14 @@ TEMPORARY = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tm
 NO_TEMPORARY = "SQLite has no folder for temporary files: set SQLITE_TMPDIR to one that it can write to"
 WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EACCES}  # of the file: what does not mend itself
 
-_rowid: sa.ColumnElement[int] = sa.literal_column("messages.rowid", sa.Integer)
+_rowid: sa.ColumnElement[int] = sa.literal_column("messages.rowid", sa.Integer)  # of no table, for SQLAlchemy's linting
 
 
 def connect_to(url: str, busy_timeout: float) -> sa.Engine:
     file = StoreFile(sa.make_url(url).database or "")
     if file.name.startswith((":memory:", "file:")) or not file.name or "?" in url:
         raise sa.exc.ArgumentError("after sqlite:/// must be the name of a file, and nothing else")
-    engine = sa.create_engine(url, creator=file.connect, **moving.ENGINE)
+    engine = sa.create_engine(url, creator=file.connect, enable_from_linting=False, **moving.ENGINE)
     sa.event.listen(engine, "connect", lambda connection, _: _set_up(connection, busy_timeout))
     sa.event.listen(engine, "checkout", lambda *_: file.refuse_another())
     sa.event.listen(engine, "checkin", partial(_checkpoint, file))
@@ -251,28 +252,29 @@ def update_all(db: sa.Connection, selection: Selection, new: NewState, rebind_id
     return changed.rowcount, moved
 
 
-def update_each(db: sa.Connection, selection: Selection, decide: Decide, rebind_id: str | None) -> None:
-    decided: dict[int, Update] = {}  # by rowid; SQLite calls functions for the values: nothing is copied
-    values = {}
-    driver: Any = db.connection.driver_connection
-    for name in moving.UPDATED_COLUMNS:
-        driver.create_function(f"decided_{name}", 1, lambda rowid, name=name: getattr(decided[rowid], name))
-        values[name] = sa.func.coalesce(getattr(sa.func, f"decided_{name}")(_rowid), messages.c[name])
-    rowids = sa.select(sa.func.json_each(sa.bindparam("rowids")).table_valued("value").c.value)
-    change = sa.update(messages).values(values).where(_rowid.in_(rowids))
-    # As they are stored, and decided at the start: one may move to a queue that is yet to be read.
-    found = sa.select(*moving.MESSAGE_COLUMNS, _rowid).where(_rowid.in_(selection.select(_rowid)))
+def update_each(db: sa.Connection, selection: Selection, decide: Decide, now: float, rebind_id: str | None) -> None:
+    # Another thread writes, from JSON alone, while `decide` looks at the next messages: that saves a third of the time.
+    each = sa.func.json_each(sa.bindparam("updates")).table_valued("value").c.value
+    paths = {"rowid": "'$[0]'"} | {name: f"'$[1][{number}]'" for number, name in enumerate(Update._fields)}
+    became = {name: sa.func.json_extract(each, sa.literal_column(path)) for name, path in paths.items()}
+    values: dict[str, Any] = {"due": sa.case((became["is_due"], now), else_=messages.c.due)}
+    values |= {name: sa.func.coalesce(became[name], messages.c[name]) for name in moving.UPDATED_COLUMNS}
+    change = sa.update(messages).values(values).where(_rowid == became["rowid"])
+    found = sa.select(*moving.MESSAGE_COLUMNS, _rowid).where(_rowid.in_(selection.select(_rowid)))  # as they are stored
     with (
         _recorded(db, values, rebind_id, moving.NEW_COLUMNS),
         _in_bulk(db, selection, values),
-        db.execute(found) as read,  # a statement that is still open would keep the next rebind from the index
+        ThreadPoolExecutor(1) as writer,
+        db.engine.connect() as reader,  # which sees all as it was before this transaction
+        reader.execute(found) as read,  # a statement that is still open would keep the next rebind from the index
     ):
         cursor: Any = read.cursor
-        each = ((row[-1], decide(MessageRow._make(row[:-1]))) for row in cursor)
-        for batch in moving.batches(each, lambda one: len(one[1].meta or "")):
-            decided.clear()
-            decided.update(batch)
-            db.execute(change, {"rowids": to_json([*decided])})
+        decided = ((row[-1], decide(MessageRow._make(row[:-1]))) for row in cursor)
+        written: Future[Any] = writer.submit(lambda: None)
+        for batch in moving.batches(decided, lambda one: len(one[1].meta or "")):
+            written.result()
+            written = writer.submit(db.execute, change, {"updates": to_json(batch)})
+        written.result()
 
 
 def _update(selection: Selection, values: Mapping[str, Any]) -> sa.Update:

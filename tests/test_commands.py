@@ -419,7 +419,6 @@ def test_no_command_creates_a_store(shell: Flask, url: str, tmp_path: Path, comm
 
 @pytest.mark.parametrize(("text", "seconds"), {"2001-09-09": 999993600, "2001-09-09T01:46:40": 1e9}.items())
 def test_a_time_may_be_a_date_or_without_its_offset(text: str, seconds: float) -> None:
-    """The rest is in test_schemas.py."""
     assert time_of(text) == seconds
 
 

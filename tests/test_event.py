@@ -19,6 +19,7 @@ from moving import BATCH
 from queues import QueueRegistry
 from rebinding import RebindResult
 from schemas import SettingError
+from store import StoreRefused
 
 Handler = Callable[..., object]
 
@@ -186,6 +187,13 @@ def test_a_handler_that_raises_is_named_and_changes_nothing(queues: QueueRegistr
         assert str(failure.value) == f"the handler {name} failed for message {failing}: RuntimeError: no luck"
         assert (stored(url), logged(url)) == (before, [])
     assert ask(queues, {"queue": "q"}).moved == len(new)
+
+
+def test_what_the_tables_refuse_of_the_first_batch_is_refused(queues: QueueRegistry, url: str) -> None:
+    queues.load(message(id=f"{number:04}") for number in range(2 * BATCH))
+    once = do("message.meta['queue'] = 'q' * (2001 if message.id == '0000' else 1)")
+    with connected_to(once), nothing_changes(url), pytest.raises(StoreRefused, match="longer than 2000 bytes"):
+        trigger(queues)
 
 
 @pytest.mark.sqlite
