@@ -17,7 +17,7 @@ check: lint  ## Check style, formatting and types, and run the fast tests.
 test: lint  ## The same with every test. This is what CI runs.
 	$(BIN)/pytest -n auto --dist worksteal
 
-bench: .venv/dev  ## Measure the speed, for docs/performance.md. Takes 50 minutes, and 30 GB.
+bench: .venv/dev  ## Measure the speed, for docs/performance.md. Takes 40 minutes, and 30 GB.
 	$(BIN)/python bench/run.py
 
 bench-millions: .venv/dev  ## Measure what grows with the store, up to ten million messages. Takes 20 minutes, and 30 GB.
