@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from runpy import run_path
 from threading import current_thread, main_thread
 
-from message import Changes, Message, changes, domain_of, read_message
+from message import Changes, Message, changes, check_text, domain_of, read_message
 from moving import MessageRow, Update
 from names import queue_name
 from rebinding import RebindRequest
@@ -65,9 +65,9 @@ class Decider:
         domain = None if recipient is None else domain_of(message.recipient)
         queue = queue_name(message.meta, row.domain if domain is None else domain)
         try:
-            queue.encode()
-        except UnicodeEncodeError as error:  # SQLite kept it
-            raise StoreRefused(f"the message {row.id} cannot be stored: it contains a lone surrogate") from error
+            check_text(queue)  # SQLite keeps what may be in metadata and not in a name
+        except ValueError as error:
+            raise StoreRefused(f"the message {row.id} cannot be stored: {error}") from error
         self.pairs[row.queue, queue] += 1
         is_due = self._request.always_flush or queue != row.queue
         return Update(row.id, sender, recipient, meta, domain, queue, is_due)

@@ -53,6 +53,7 @@ odd("a list of recipients with a list", readable=False, recipient="""'[["ada@exa
 odd("a recipient without a domain", recipient="'Postmaster'")
 odd("half a character", "sqlite", meta="""'{"n": "\\ud800"}'""")
 odd("half a character in a name", "sqlite", meta="""'{"campaign": "\\ud800"}'""")
+odd("a NUL in a name", "sqlite", meta="""'{"campaign": "\\u0000"}'""")
 odd("a sender that is not UTF-8", "sqlite", sender="CAST(x'ff' AS TEXT)")
 odd("metadata that is not UTF-8", "sqlite", meta="CAST(x'7b226e223a22ff227d' AS TEXT)")
 odd("a queue that is not UTF-8", "sqlite", queue="CAST(x'ff' AS TEXT)")
