@@ -194,7 +194,7 @@ class Backend(Protocol):
     def update_each(
         self, db: sa.Connection, selection: Selection, decide: Decide, now: float, rebind_id: str | None
     ) -> None:
-        """Make each message what `decide` says, in batches, and write a record of each unless `rebind_id` is None."""
+        """Make each message what `decide` says, due `now` or not, with a record of each unless `rebind_id` is None."""
 
     def rows(self, db: sa.Connection, selection: Selection) -> Generator[MessageRow]:
         """Each message, in a transaction that changes nothing. Close it when you have seen enough."""

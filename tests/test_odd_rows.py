@@ -1,7 +1,4 @@
-"""Tests that one row that only a sender can write keeps nobody from the others, whichever way they are read.
-
-What the tables refuse is in test_tables.py.
-"""
+"""Tests that one row that only a sender can write keeps nobody from the others, whichever way they are read."""
 
 import json
 from collections.abc import Callable

@@ -64,7 +64,7 @@ NOT_JSON = {
 
 @pytest.mark.parametrize(("text", "reason"), NOT_JSON.values(), ids=NOT_JSON)
 def test_what_is_not_json_is_refused_with_the_reason(text: bytes, reason: str) -> None:
-    with pytest.raises(Unreadable, match=f"^it is not valid JSON: {re.escape(reason)}$"):
+    with pytest.raises(Unreadable, match=rf"^it is not valid JSON: {re.escape(reason)}\Z"):
         parse_json(text, "it")
 
 
@@ -78,7 +78,7 @@ LOOKS_LIKE_JSON: dict[str, bytes] = {
 
 @pytest.mark.parametrize("text", LOOKS_LIKE_JSON.values(), ids=LOOKS_LIKE_JSON)
 def test_what_only_looks_like_json_is_refused_with_a_short_reason(text: bytes) -> None:
-    with pytest.raises(Unreadable, match=r"^.{,300}$"):
+    with pytest.raises(Unreadable, match=r"(?s)\A.{,299}\Z"):
         parse_json(text, "it")
 
 
@@ -133,7 +133,7 @@ def test_a_time_is_one_of_rfc_3339(text: str, expected: float) -> None:
 
 @pytest.mark.parametrize("text", [*NO_TIMES, *NO_YEARS], ids=ascii)
 def test_what_is_no_time_is_refused(text: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(NO_YEAR if text in NO_YEARS else NO_TIME)}$"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(NO_YEAR if text in NO_YEARS else NO_TIME)}\Z"):
         seconds(text)
 
 

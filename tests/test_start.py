@@ -50,6 +50,7 @@ URLS = {
     "no database": ("sqlite:///{folder}/text", "the file is damaged, or is not a database: "),
 }
 SETTINGS = {
+    "proxies that are a word": ("REBIND_PROXIES", "many", "REBIND_PROXIES must be a whole number from 0 to 99: 'many'"),
     "a misspelt setting": ("REBIND_TRUSTED_HOST", "::1", "unknown setting REBIND_TRUSTED_HOST"),
     "an empty name": ("REBIND_", "x", "unknown setting REBIND_$"),
     "a policy that exits": ("REBIND_POLICY", "{folder}/policy.py", r"the policy .* cannot be loaded: .*Exit: a\\nb"),
